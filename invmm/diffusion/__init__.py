@@ -1,0 +1,1 @@
+"""Noise schedules, conversions and sampling: torch and diffusers schedulers only."""

@@ -1,0 +1,174 @@
+"""Drawing from a diffusion model: any diffusers scheduler, from given noise.
+
+The schedulers are diffusers' own. They are built explicitly, because `from_config` of another
+scheduler's config silently turns clipping on and another spacing with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge, Le
+from torch import Tensor
+
+from invmm.diffusion.schedule import NoiseSchedule
+
+SchedulerName = Literal["ddim", "ddpm", "dpmsolver", "euler", "heun", "unipc"]
+
+_CLASSES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {"set_alpha_to_one": True}),
+    "ddpm": ("DDPMScheduler", {"variance_type": "fixed_small"}),
+    "dpmsolver": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"},
+    ),
+    "euler": ("EulerDiscreteScheduler", {"final_sigmas_type": "zero"}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {"final_sigmas_type": "zero"}),
+}
+_CAN_CLIP = ("ddim", "ddpm", "heun")
+_SMALLEST_FINAL_ALPHA = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Which scheduler turns noise into images, and how.
+
+    Attributes:
+        scheduler: ddim, ddpm, dpmsolver (DPM-Solver++ 2M), euler, heun or unipc.
+        num_inference_steps: denoising steps (Heun evaluates the network twice in most of them).
+        eta: noise that DDIM adds, 0 (none) to 1 (as much as DDPM).
+        timestep_spacing: which of the training timesteps are visited; "trailing" starts at the
+            last one, as the published code does.
+        clip_sample: clip the predicted clean latents to [-1, 1] at each step.
+
+    Raises:
+        ValueError: an option that the scheduler does not have.
+    """
+
+    scheduler: SchedulerName = "ddim"
+    num_inference_steps: Annotated[int, Ge(1)] = 50
+    eta: Annotated[float, Ge(0), Le(1)] = 0.0
+    timestep_spacing: Literal["trailing", "leading", "linspace"] = "trailing"
+    clip_sample: bool = False
+
+    def __post_init__(self) -> None:
+        if self.eta and self.scheduler != "ddim":
+            raise ValueError(
+                f"sampler.eta={self.eta} has no meaning for sampler.scheduler={self.scheduler}; "
+                "use sampler=ddim or sampler.eta=0"
+            )
+        if self.clip_sample and self.scheduler not in _CAN_CLIP:
+            raise ValueError(
+                f"sampler.clip_sample=true is not possible with sampler.scheduler={self.scheduler}"
+                f"; use one of {', '.join(_CAN_CLIP)} or sampler.clip_sample=false"
+            )
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether the sampler draws noise of its own."""
+        return self.scheduler == "ddpm" or self.eta > 0
+
+    @property
+    def num_evaluations(self) -> int:
+        """Network evaluations for one sample."""
+        return (
+            self.num_inference_steps * 2 - 1
+            if self.scheduler == "heun"
+            else (self.num_inference_steps)
+        )
+
+    def check(self, *, num_train_timesteps: int, prediction_type: str, final_alpha: float) -> None:
+        """Refuses a sampler that the trained schedule cannot run.
+
+        Args:
+            num_train_timesteps: T of the model.
+            prediction_type: what the model predicts.
+            final_alpha: alpha-bar of the last training timestep.
+
+        Raises:
+            ValueError: naming the key, the value and the cure.
+        """
+        steps = self.num_inference_steps
+        if steps > num_train_timesteps:
+            raise ValueError(
+                f"sampler.num_inference_steps={steps} exceeds the model's {num_train_timesteps} "
+                f"training timesteps; use at most {num_train_timesteps}"
+            )
+        if self.scheduler == "ddim" and num_train_timesteps % steps:
+            near = min(
+                (n for n in range(1, num_train_timesteps + 1) if num_train_timesteps % n == 0),
+                key=lambda n: abs(n - steps),
+            )
+            raise ValueError(
+                f"sampler.num_inference_steps={steps} does not divide the model's "
+                f"{num_train_timesteps} training timesteps, as DDIM needs; use {near}"
+            )
+        if (
+            final_alpha < _SMALLEST_FINAL_ALPHA
+            and prediction_type == "epsilon"
+            and self.timestep_spacing == "trailing"
+        ):
+            raise ValueError(
+                f"sampler.timestep_spacing=trailing starts where alpha-bar is {final_alpha:.1e}, "
+                "and dividing a predicted noise by its root explodes; use "
+                "sampler.timestep_spacing=leading"
+            )
+
+    def build(self, schedule: NoiseSchedule) -> Any:
+        """A fresh diffusers scheduler on the trained schedule, its timesteps set."""
+        import diffusers
+
+        name, fixed = _CLASSES[self.scheduler]
+        scheduler_class = getattr(diffusers, name)
+        options = {**schedule.trained, **fixed, "timestep_spacing": self.timestep_spacing}
+        if self.scheduler in _CAN_CLIP:
+            options["clip_sample"] = self.clip_sample
+        if self.scheduler == "heun":
+            options.pop("rescale_betas_zero_snr", None)
+        scheduler = scheduler_class(**options)
+        scheduler.set_timesteps(self.num_inference_steps)
+        return scheduler
+
+
+def draw(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    *,
+    sampler: Sampler,
+    schedule: NoiseSchedule,
+    seeds: Sequence[int] | None = None,
+) -> Tensor:
+    """Runs a sampler; gradients flow from the result to the noise if they are enabled.
+
+    Args:
+        predict: (latents (B, C, H, W), timesteps (B,)) -> raw network output.
+        noise: (B, C, H, W) in units of the prior's standard deviation.
+        sampler: scheduler and steps.
+        schedule: the trained schedule.
+        seeds: one a row, for stochastic samplers; a row's result depends on its own seed only.
+
+    Returns:
+        (B, C, H, W) clean latents.
+
+    Raises:
+        ValueError: a stochastic sampler without seeds.
+    """
+    scheduler = sampler.build(schedule)
+    options: dict[str, Any] = {}
+    if sampler.is_stochastic:
+        if seeds is None or len(seeds) != len(noise):
+            raise ValueError(f"sampler {sampler.scheduler} draws noise: give one seed a row")
+        options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if sampler.scheduler == "ddim":
+        options["eta"] = sampler.eta
+    latents = noise * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        model_input = scheduler.scale_model_input(latents, timestep)
+        timesteps = timestep.to(latents.device).expand(len(latents))
+        output = predict(model_input, timesteps)
+        latents = scheduler.step(output, timestep, latents, **options).prev_sample
+    return latents

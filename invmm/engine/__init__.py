@@ -1,0 +1,1 @@
+"""Requests, slots and outcomes: how many measurements share one network."""

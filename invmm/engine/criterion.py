@@ -1,0 +1,26 @@
+"""When the samples of a noise distribution count as replicas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Le
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicationCriterion:
+    """When a noise distribution counts as replicating: all of its samples are close (paper).
+
+    Attributes:
+        threshold: smallest cosine similarity of a replica, in [-1, 1] (paper: 0.5). It means
+            something only together with the similarity network and the data; calibrate it with
+            `invmm-threshold`.
+        num_samples: samples that must all replicate (paper: 8).
+        early_exit: draw one sample first and the rest only if it replicates. The decision is the
+            same, since one failure decides; most checks then cost an eighth (ours).
+    """
+
+    threshold: Annotated[float, Ge(-1), Le(1)] = 0.5
+    num_samples: Annotated[int, Ge(1)] = 8
+    early_exit: bool = True

@@ -1,0 +1,75 @@
+"""How a measurement ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from torch import Tensor
+
+
+class Status(StrEnum):
+    """How a measurement ended; each status says what its score means."""
+
+    REPLICATED = "REPLICATED"
+    """A replicating noise distribution was found; the score is its divergence from the prior."""
+    NOT_REPLICATED = "NOT_REPLICATED"
+    """None was found within the budget: no score, the true one is censored, not infinite."""
+    DIVERGED = "DIVERGED"
+    """A loss or a sample stopped being finite; lower the learning rate or use fp32."""
+    FAILED = "FAILED"
+    """The image or the measurement raised an error; `error` holds it. A rerun with
+    `retry_failed=true` tries again."""
+
+
+class NonFiniteError(ArithmeticError):
+    """Thrown into a measurement whose numbers are no longer finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluations:
+    """Rows the network evaluated for one image; padding is not counted.
+
+    Attributes:
+        forward: rows through the network forwards, with or without gradients.
+        backward: rows backpropagated (each costs about one more forward with frozen weights).
+    """
+
+    forward: int = 0
+    backward: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Everything a measurement found out about one image.
+
+    Attributes:
+        status: how it ended.
+        score: the measure per latent dimension (InvMM: nats); None unless replicated.
+        score_nats: the measure summed over latent dimensions; None unless replicated.
+        replication_rate: share of samples that replicate, None unless a full set was drawn.
+        best_similarity: highest similarity of any sample drawn, in [-1, 1].
+        steps: optimiser steps taken.
+        error: one line, for DIVERGED and FAILED.
+        curves: name -> values over the run; each comes with "<name>_step" where it is sparse.
+        tensors: what was found (for an inversion the mean and log-variance of the noise).
+        samples: (N, 3, H, W) pixels in [-1, 1] of the closest check, best first.
+        columns: further columns of the score table that only this measurement has.
+        evaluations: counted by the engine.
+        seconds: wall time between start and end; images that share the engine overlap.
+    """
+
+    status: Status
+    score: float | None = None
+    score_nats: float | None = None
+    replication_rate: float | None = None
+    best_similarity: float | None = None
+    steps: int = 0
+    error: str | None = None
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    samples: Tensor | None = None
+    columns: Mapping[str, float | int | str | None] = field(default_factory=dict)
+    evaluations: Evaluations = Evaluations()
+    seconds: float = 0.0

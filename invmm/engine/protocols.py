@@ -1,0 +1,103 @@
+"""The seams: what the engine needs of a model, of a similarity network and of a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from invmm.diffusion.sampling import Sampler
+from invmm.diffusion.schedule import NoiseSchedule
+from invmm.engine.criterion import ReplicationCriterion
+from invmm.engine.outcomes import Evaluations, Outcome
+from invmm.engine.requests import Condition
+
+
+@runtime_checkable
+class Network(Protocol):
+    """A frozen diffusion model of any family.
+
+    Attributes:
+        latent_shape: (C, H, W) of one latent.
+        schedule: the noise schedule that it was trained with, and what it predicts.
+        device: where latents live.
+    """
+
+    latent_shape: tuple[int, int, int]
+    schedule: NoiseSchedule
+    device: torch.device
+
+    def predict(self, latents: Tensor, timesteps: Tensor, condition: Condition | None) -> Tensor:
+        """The raw output of the denoiser, (B, C, H, W); rows are independent."""
+        ...
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) pixels in [-1, 1] -> (B, C, H, W) latents."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, H, W) latents -> (B, 3, H, W) pixels, clamped to [-1, 1]."""
+        ...
+
+
+@runtime_checkable
+class Similarity(Protocol):
+    """A network whose unit-norm embeddings are close when two images are copies."""
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) pixels in [-1, 1] -> (B, D) unit-norm embeddings; rows independent."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Target:
+    """One image under measurement.
+
+    Attributes:
+        image_id: stable id.
+        pixels: (3, H, W) in [-1, 1].
+        latents: (1, C, H, W).
+        embedding: (D,) unit-norm.
+        condition: one row, or None.
+    """
+
+    image_id: str
+    pixels: Tensor
+    latents: Tensor
+    embedding: Tensor
+    condition: Condition | None = None
+
+    def rows(self, count: int) -> Condition | None:
+        """The condition repeated for `count` rows."""
+        if self.condition is None:
+            return None
+        return {
+            name: value.expand(count, *value.shape[1:]) for name, value in self.condition.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Setting:
+    """What all images of a run share: how the model draws, and what counts as a replica."""
+
+    schedule: NoiseSchedule
+    sampler: Sampler
+    criterion: ReplicationCriterion
+
+
+@runtime_checkable
+class Measurement(Protocol):
+    """A question about an image, written as a coroutine over the engine's requests."""
+
+    def __call__(
+        self, target: Target, setting: Setting, rng: torch.Generator
+    ) -> Coroutine[Any, Any, Outcome]:
+        """The algorithm, for one image. All randomness comes from `rng`."""
+        ...
+
+    def worst_case(self, sampler: Sampler, criterion: ReplicationCriterion) -> Evaluations:
+        """Network evaluations for an image that uses up its whole budget."""
+        ...

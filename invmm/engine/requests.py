@@ -1,0 +1,108 @@
+"""What a measurement may ask of the engine.
+
+A measurement is a coroutine. It never touches the network: it awaits one of the four requests
+below, the engine answers it together with the requests of other images, and the measurement
+goes on with its own rows of the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from invmm.diffusion.sampling import Sampler
+from invmm.diffusion.schedule import Prediction
+
+T = TypeVar("T")
+
+Condition = Mapping[str, Tensor]
+"""What the denoiser is conditioned on, one row per latent row (prompt_embeds, class_labels...)."""
+
+
+class Request(Generic[T]):
+    """A question to the engine; awaiting it gives the answer."""
+
+    def __await__(self) -> Generator[Request[T], T, T]:
+        return (yield self)
+
+
+@dataclass(frozen=True, eq=False)
+class Denoise(Request[Prediction]):
+    """One evaluation of the network per row.
+
+    The answer keeps the graph if and only if an input requires grad.
+
+    Attributes:
+        latents: (B, C, H, W) noisy latents.
+        timesteps: (B,) integer training timesteps.
+        condition: rows that belong to the latents, or None for an unconditional model.
+    """
+
+    latents: Tensor
+    timesteps: Tensor
+    condition: Condition | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Sample(Request[Tensor]):
+    """Runs the whole sampler from given noise; the answer is (B, C, H, W) clean latents.
+
+    The answer keeps the graph if and only if the noise requires grad.
+
+    Attributes:
+        noise: (B, C, H, W) in units of the prior's standard deviation.
+        sampler: which scheduler, how many steps.
+        condition: rows that belong to the noise, or None.
+        seeds: one seed a row for samplers that draw noise of their own; see `draw_seeds`.
+    """
+
+    noise: Tensor
+    sampler: Sampler
+    condition: Condition | None = None
+    seeds: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """Decoded samples and what the similarity network says of them.
+
+    Attributes:
+        pixels: (B, 3, H, W) in [-1, 1] (clamped).
+        vectors: (B, D) unit-norm.
+    """
+
+    pixels: Tensor
+    vectors: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Embed(Request[Embedding]):
+    """Decodes latents to pixels and embeds them with the similarity network; no gradients.
+
+    Attributes:
+        latents: (B, C, H, W) clean latents.
+    """
+
+    latents: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Minimise(Request[None]):
+    """Backpropagates a scalar loss into the leaves that the measurement owns.
+
+    Raises (inside the measurement):
+        NonFiniteError: the loss is NaN or infinite.
+    """
+
+    loss: Tensor
+
+
+def draw_seeds(count: int, sampler: Sampler, rng: torch.Generator) -> tuple[int, ...] | None:
+    """Seeds for the noise that a stochastic sampler draws itself; None for a deterministic one."""
+    if not sampler.is_stochastic:
+        return None
+    return tuple(torch.randint(2**62, (count,), generator=rng, device=rng.device).tolist())

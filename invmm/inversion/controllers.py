@@ -1,0 +1,110 @@
+"""How strongly the KL divergence is weighed against the reconstruction while the search runs.
+
+A controller is a pure step on immutable state. Legend: value -> lambda; increment -> delta;
+tolerance -> ksi.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol, runtime_checkable
+
+from annotated_types import Ge, Gt
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLWeight:
+    """State of a controller.
+
+    Attributes:
+        value: the weight of the KL in the loss of the next step.
+        recent: the latest losses, oldest first.
+        previous: their mean at the check before.
+    """
+
+    value: float
+    recent: tuple[float, ...] = ()
+    previous: float = math.inf
+
+
+@runtime_checkable
+class KLWeightController(Protocol):
+    """Chooses the KL weight of each step."""
+
+    def init(self) -> KLWeight:
+        """The state before the first step."""
+        ...
+
+    def update(
+        self, state: KLWeight, *, reconstruction: float, total: float, check: bool
+    ) -> KLWeight:
+        """The state after a step.
+
+        Args:
+            state: before.
+            reconstruction: the step's reconstruction loss P.
+            total: the step's whole loss P + lambda * R.
+            check: whether a replication check follows this step.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveKLWeight:
+    """Raises the weight while the loss falls and halves it where progress stalls (paper, Alg. 1).
+
+    Attributes:
+        initial: weight of the first step (paper: 1).
+        increment: added per step (paper: 1e-4 for DDPM, 5e-4 for LDM, 1e-3 for Stable Diffusion).
+        tolerance: smallest drop of the mean loss between checks that counts as progress (1e-3).
+        window: steps over which that mean is taken (release: 100).
+        progress: which loss is judged. The paper's is the reconstruction; in four of the five
+            released scripts it is the total, through an in-place sum.
+    """
+
+    initial: Annotated[float, Ge(0)] = 1.0
+    increment: Annotated[float, Ge(0)] = 1e-4
+    tolerance: Annotated[float, Ge(0)] = 1e-3
+    window: Annotated[int, Ge(1)] = 100
+    progress: Literal["reconstruction", "total"] = "reconstruction"
+
+    def init(self) -> KLWeight:
+        """Starts at `initial`; the first check never halves."""
+        return KLWeight(value=self.initial)
+
+    def update(
+        self, state: KLWeight, *, reconstruction: float, total: float, check: bool
+    ) -> KLWeight:
+        """One step of the schedule; see `KLWeightController.update`."""
+        loss = reconstruction if self.progress == "reconstruction" else total
+        recent = (*state.recent, loss)[-self.window :]
+        if not check:
+            return KLWeight(
+                value=state.value + self.increment, recent=recent, previous=state.previous
+            )
+        now = math.fsum(recent) / len(recent)
+        stalled = state.previous - now < self.tolerance
+        value = state.value / 2 if stalled else state.value + self.increment
+        return KLWeight(value=value, recent=recent, previous=now)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedKLWeight:
+    """Keeps the weight constant: the ablation of the adaptive schedule.
+
+    Attributes:
+        value: the weight.
+    """
+
+    value: Annotated[float, Gt(0)] = 1.0
+
+    def init(self) -> KLWeight:
+        """Starts at `value`."""
+        return KLWeight(value=self.value)
+
+    def update(
+        self, state: KLWeight, *, reconstruction: float, total: float, check: bool
+    ) -> KLWeight:
+        """Changes nothing; see `KLWeightController.update`."""
+        return state
