@@ -1,0 +1,1 @@
+"""Images with stable ids, captions, splits and copies, whatever state their files are in."""

@@ -1,0 +1,145 @@
+"""What a data set is to the rest of the project: entries that are cheap, images that may fail."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+from torch import Tensor
+
+Split = Literal["train", "held_out", "unknown"]
+Group = Literal["duplicated", "single", "held_out"]
+
+
+class ImageError(ValueError):
+    """One image cannot be used; the message is one line. It never ends a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEntry:
+    """One image of a data set; nothing is decoded yet.
+
+    Attributes:
+        image_id: stable and unique: the relative POSIX path, or the code point of an icon.
+        path: where it comes from.
+        caption: its prompt, if there is one.
+        split: whether the model saw it in training.
+        copies: how many times it stands in the training set; 0 held out, None unknown.
+        error: why it cannot be used, if that is known without opening it.
+    """
+
+    image_id: str
+    path: str
+    caption: str | None = None
+    split: Split = "unknown"
+    copies: int | None = None
+    error: str | None = None
+
+    @property
+    def group(self) -> Group | None:
+        """The stratum by number of copies; None if that is unknown."""
+        if self.copies is None:
+            return "held_out" if self.split == "held_out" else None
+        return "duplicated" if self.copies > 1 else "single" if self.copies == 1 else "held_out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedImage:
+    """A decoded image.
+
+    Attributes:
+        pixels: (3, H, W) float32 in [-1, 1].
+        sha256: of the source's bytes.
+    """
+
+    pixels: Tensor
+    sha256: str
+
+
+class ImageDataset(Protocol):
+    """An opened data set.
+
+    Attributes:
+        entries: the images to measure, in a stable order.
+        problems: remarks for the person who runs it.
+        size: side of the loaded images.
+    """
+
+    entries: Sequence[ImageEntry]
+    problems: Sequence[str]
+    size: int
+
+    def load(self, entry: ImageEntry) -> LoadedImage:
+        """Decodes one image; raises ImageError if it cannot be used."""
+        ...
+
+    def training_entries(self) -> Sequence[ImageEntry]:
+        """All images with at least one copy, whether they are measured or not."""
+        ...
+
+
+@runtime_checkable
+class DatasetRecipe(Protocol):
+    """How to get a data set."""
+
+    def open(self, size: int) -> ImageDataset:
+        """Lists the images; they will be loaded at size x size.
+
+        Raises:
+            ValueError: the data set as a whole cannot be used.
+        """
+        ...
+
+
+def select(
+    entries: Sequence[ImageEntry],
+    *,
+    ids: Sequence[str] | None,
+    take: Mapping[str, int] | None,
+) -> list[ImageEntry]:
+    """The entries to measure.
+
+    Args:
+        entries: all of them.
+        ids: only these, in this order.
+        take: at most so many of each group, in their order; groups that are not named are left
+            out.
+
+    Raises:
+        ValueError: an id that is not there.
+    """
+    if ids is not None:
+        by_id = {entry.image_id: entry for entry in entries}
+        for image_id in ids:
+            if image_id not in by_id:
+                near = difflib.get_close_matches(image_id, by_id, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"dataset.ids names {image_id}, which is not in the set{hint}")
+        entries = [by_id[image_id] for image_id in ids]
+    if take is None:
+        return list(entries)
+    left = dict(take)
+    chosen = []
+    for entry in entries:
+        if entry.group and left.get(entry.group, 0) > 0:
+            left[entry.group] -= 1
+            chosen.append(entry)
+    return chosen
+
+
+def check_selection(ids: Sequence[str] | None, take: Mapping[str, int] | None) -> None:
+    """Refuses contradictory selections.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if ids is not None and take is not None:
+        raise ValueError("dataset.ids and dataset.take exclude each other; give one of them")
+    groups = ("duplicated", "single", "held_out")
+    for group, count in (take or {}).items():
+        if group not in groups:
+            raise ValueError(f"dataset.take names {group!r}; its keys are {', '.join(groups)}")
+        if count < 0:
+            raise ValueError(f"dataset.take.{group}={count} is negative; use 0 or more")

@@ -1,0 +1,56 @@
+"""The duplication plan: which image stands in the training set how many times."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+
+def planted(ids: Sequence[str], copies: Sequence[int]) -> dict[str, int]:
+    """The first images get these numbers of copies, all others one.
+
+    Raises:
+        ValueError: more numbers than images, or one below 1.
+    """
+    if len(copies) > len(ids):
+        raise ValueError(
+            f"dataset.copies has {len(copies)} numbers for {len(ids)} training images; give at "
+            "most one an image"
+        )
+    if any(count < 1 for count in copies):
+        raise ValueError(f"dataset.copies={list(copies)} has a number below 1")
+    return {**dict.fromkeys(ids, 1), **dict(zip(ids, copies, strict=False))}
+
+
+def shuffled(ids: Sequence[str], seed: int) -> list[str]:
+    """A permutation that depends on the seed only."""
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    return [ids[index] for index in order.tolist()]
+
+
+def read_plan(path: Path) -> dict[str, int]:
+    """A plan from a CSV file with the columns image_id and copies.
+
+    Raises:
+        ValueError: naming the line.
+    """
+    plan: dict[str, int] = {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if set(reader.fieldnames or ()) != {"image_id", "copies"}:
+                raise ValueError(f"{path}: the columns must be image_id and copies")
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                image_id, copies = row["image_id"], row["copies"]
+                if not image_id or image_id in plan:
+                    raise ValueError(f"{where}: image_id {image_id!r} is empty or stands twice")
+                if not (copies or "").strip().isdecimal():
+                    raise ValueError(f"{where}: copies={copies} is not a number of copies")
+                plan[image_id] = int(copies)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return plan

@@ -1,0 +1,33 @@
+"""Files that are whole or absent, and what identifies them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import lru_cache
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader, or a run after a power cut, sees all of it or nothing.
+
+    Raises:
+        OSError: for example a full disk; the temporary file is removed and `path` untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@lru_cache(maxsize=64)
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex; weight files do not change under a run."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

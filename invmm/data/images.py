@@ -1,0 +1,130 @@
+"""From the bytes of an image file to pixels, or to one line that says why not.
+
+What counts as the picture: the first frame, turned as its EXIF says, alpha over white, converted
+to RGB. Resizing: the shorter side to the target by Lanczos with antialiasing, then the centre
+square ("crop"); or both sides ("squash"); or the longer side, on white ("pad").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from invmm.data.dataset import ImageError, LoadedImage
+
+Resize = Literal["crop", "squash", "pad"]
+
+MAX_FILE_BYTES = 256 * 2**20
+"""Larger files are not read."""
+MAX_PIXELS = 100_000_000
+"""Larger images are not decoded: a decompression bomb says in its header how large it is."""
+MIN_SIDE = 4
+"""Smaller images are refused: nothing could be recognised in them."""
+
+
+def read_bytes(path: Path) -> bytes:
+    """All bytes of a regular file; pipes and devices are never opened.
+
+    Raises:
+        ImageError: not a file, empty, too large or unreadable.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError("not a regular file")
+        if status.st_size == 0:
+            raise ImageError("the file is empty")
+        if status.st_size > MAX_FILE_BYTES:
+            raise ImageError(f"the file has {status.st_size} bytes, more than {MAX_FILE_BYTES}")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ImageError("the file is missing") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"the file cannot be read: {error}") from error
+
+
+def load_image(content: bytes, *, size: int, resize: Resize) -> LoadedImage:
+    """Decodes and resizes an image.
+
+    Args:
+        content: the bytes of the file.
+        size: side of the result.
+        resize: what happens to images that are not square.
+
+    Raises:
+        ImageError: not an image, or one that cannot be used.
+    """
+    image = decode(content)
+    if min(image.size) < MIN_SIDE:
+        raise ImageError(f"the image has {image.width}x{image.height} pixels, under {MIN_SIDE}")
+    pixels = to_pixels(_resized(image, size, resize))
+    return LoadedImage(pixels=pixels, sha256=hashlib.sha256(content).hexdigest())
+
+
+def decode(content: bytes) -> Image.Image:
+    """The picture as RGB, whatever the mode it is stored in.
+
+    Raises:
+        ImageError: with one line that says why.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(content))
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(
+                    f"the image claims {image.width}x{image.height} pixels, over {MAX_PIXELS}"
+                )
+            image.load()
+            return _as_rgb(ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError("not an image in a known format") from None
+    except Exception as error:  # decoders raise anything on hostile bytes
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"the image cannot be decoded: {reason}") from error
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An RGB picture -> (3, H, W) float32 in [-1, 1]."""
+    array = np.array(image, dtype=np.uint8)
+    return torch.from_numpy(array).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
+        values = np.asarray(image, dtype=np.float64)
+        if values.max(initial=0) > 65535 or values.min(initial=0) < 0:
+            raise ImageError("an integer image beyond 16 bits has no defined brightness")
+        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ImageError("a floating-point image has no defined brightness")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _resized(image: Image.Image, size: int, resize: Resize) -> Image.Image:
+    if image.size == (size, size):
+        return image
+    method = Image.Resampling.LANCZOS
+    if resize == "crop":
+        return ImageOps.fit(image, (size, size), method)
+    if resize == "pad":
+        return ImageOps.pad(image, (size, size), method, color=(255, 255, 255))
+    return image.resize((size, size), method)

@@ -1,0 +1,74 @@
+"""Which images a data set holds and how often: the list that training leaves beside its model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from invmm.data.dataset import ImageEntry, Split
+from invmm.data.files import write_atomically
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifestEntry:
+    """One image: its id, the SHA-256 of its source, its split, copies and caption."""
+
+    image_id: str
+    sha256: str
+    split: Split
+    copies: int
+    caption: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingManifest:
+    """The training set of a model.
+
+    Attributes:
+        entries: every image that was trained on.
+        source: where the images come from, and their licence.
+    """
+
+    entries: tuple[ManifestEntry, ...]
+    source: str
+
+    def write(self, path: Path) -> None:
+        """Writes JSON, whole or not at all."""
+        content = {"schema_version": SCHEMA_VERSION, "digest": self.digest, **asdict(self)}
+        write_atomically(path, json.dumps(content, indent=1).encode())
+
+    @classmethod
+    def read(cls, path: Path) -> TrainingManifest:
+        """Reads what `write` wrote.
+
+        Raises:
+            ValueError: not such a file, or it was altered.
+        """
+        try:
+            content = json.loads(path.read_bytes())
+            if content["schema_version"] != SCHEMA_VERSION:
+                raise ValueError(f"its schema_version is {content['schema_version']}")
+            entries = tuple(ManifestEntry(**entry) for entry in content["entries"])
+            manifest = cls(entries=entries, source=content["source"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a training manifest: {error}") from error
+        if manifest.digest != content["digest"]:
+            raise ValueError(f"{path} was altered: its digest does not match its entries")
+        return manifest
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the list; the order does not matter."""
+        lines = sorted(f"{e.image_id}\t{e.sha256}\t{e.split}\t{e.copies}" for e in self.entries)
+        return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()
+
+
+def list_digest(entries: Iterable[ImageEntry]) -> str:
+    """SHA-256 of ids, splits and copies: cheap, since nothing is read."""
+    lines = sorted(f"{e.image_id}\t{e.split}\t{e.copies}" for e in entries)
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()

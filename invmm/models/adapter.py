@@ -1,0 +1,50 @@
+"""What every model recipe can tell and do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from invmm.engine.protocols import Network
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What is known of a model from its JSON files alone.
+
+    Attributes:
+        family: for example "pixel".
+        latent_shape: (C, H, W).
+        image_size: side of the square images that it draws, in pixels.
+        num_train_timesteps: T.
+        prediction_type: what the network predicts.
+        final_alpha: alpha-bar of the last training timestep.
+        weight_bytes: size of the weight files; None if they are not on this machine.
+    """
+
+    family: str
+    latent_shape: tuple[int, int, int]
+    image_size: int
+    num_train_timesteps: int
+    prediction_type: str
+    final_alpha: float
+    weight_bytes: int | None
+
+
+@runtime_checkable
+class ModelRecipe(Protocol):
+    """How to get a model."""
+
+    def describe(self) -> ModelInfo:
+        """Reads JSON only; raises ValueError for what cannot be measured."""
+        ...
+
+    def load(self, device: torch.device) -> Network:
+        """The frozen model on its device."""
+        ...
+
+    def fingerprint(self) -> dict[str, str]:
+        """File name -> SHA-256 of every weight file."""
+        ...

@@ -1,0 +1,196 @@
+"""Opening diffusers folders, and trusting nothing in them.
+
+diffusers leaves parameters without weights on the meta device and says nothing; class names and
+component folders come from a JSON file that anyone can write. Both are checked here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PIPELINES = {
+    "DDPMPipeline": ("unet", "scheduler"),
+    "DDIMPipeline": ("unet", "scheduler"),
+}
+"""Pipelines that hold a pixel U-Net, with their components."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_MAX_JSON_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFolder:
+    """A model on disk, its JSON files read.
+
+    Attributes:
+        path: of the folder.
+        unet: subfolder of the network, "" for a bare network.
+        unet_config: its config.json.
+        scheduler_config: None if the folder has none.
+    """
+
+    path: Path
+    unet: str
+    unet_config: Mapping[str, Any]
+    scheduler_config: Mapping[str, Any] | None
+
+    def weights(self, variant: str | None) -> list[Path]:
+        """The safetensors files of the network.
+
+        Raises:
+            ValueError: there are none.
+        """
+        suffix = f".{variant}.safetensors" if variant else ".safetensors"
+        folder = self.path / self.unet
+        files = sorted(
+            file
+            for file in folder.glob(f"diffusion_pytorch_model*{suffix}")
+            if variant
+            or re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors", file.name)
+        )
+        if not files:
+            others = [file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt")]
+            pickles = f" ({', '.join(others)} is a pickle and is never loaded)" if others else ""
+            raise ValueError(
+                f"model.path={self.path} has no diffusion_pytorch_model{suffix} in "
+                f"{folder}{pickles}; save the model with safetensors"
+            )
+        return files
+
+
+def open_folder(
+    path: str, *, revision: str | None = None, variant: str | None = None
+) -> ModelFolder:
+    """Finds the folder (downloading a hub id if need be) and reads its JSON files.
+
+    Args:
+        path: a folder, or a hub id such as google/ddpm-cifar10-32.
+        revision: of the hub repository.
+        variant: of the weight files, such as fp16.
+
+    Raises:
+        ValueError: neither a folder nor a hub id, or not a supported model.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        folder = _download(path, revision, variant)
+    if (folder / "model_index.json").is_file():
+        index = _read_json(folder / "model_index.json")
+        name = index.get("_class_name")
+        if name not in PIPELINES:
+            raise ValueError(
+                f"model.path={path} holds a {name}; supported are {', '.join(PIPELINES)} and a "
+                "bare UNet2DModel folder"
+            )
+        _check_components(path, index, PIPELINES[name])
+        unet, scheduler = folder / "unet", folder / "scheduler" / "scheduler_config.json"
+        scheduler_config = _read_json(scheduler)
+    elif (folder / "config.json").is_file():
+        unet, scheduler_config = folder, None
+    else:
+        raise ValueError(
+            f"model.path={path} has neither model_index.json (a pipeline) nor config.json (a "
+            "network); give a folder written by save_pretrained"
+        )
+    unet_config = _read_json(unet / "config.json")
+    if unet_config.get("_class_name") != "UNet2DModel":
+        raise ValueError(
+            f"model.path={path} holds a {unet_config.get('_class_name')}; supported is UNet2DModel"
+        )
+    return ModelFolder(
+        path=folder,
+        unet="" if unet == folder else "unet",
+        unet_config=unet_config,
+        scheduler_config=scheduler_config,
+    )
+
+
+def load_unet(folder: ModelFolder, *, variant: str | None, dtype: Any) -> Any:
+    """The network with every weight in its place, on the CPU.
+
+    Raises:
+        ValueError: weights are missing, unexpected or of another shape.
+    """
+    from diffusers import UNet2DModel
+
+    folder.weights(variant)
+    try:
+        unet, info = UNet2DModel.from_pretrained(
+            str(folder.path),
+            subfolder=folder.unet or None,
+            variant=variant,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            low_cpu_mem_usage=False,
+        )
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"model.path={folder.path} cannot be loaded: {error}") from error
+    faults = [
+        f"{kind.removesuffix('_keys')} {', '.join(map(str, list(info[kind])[:3]))}"
+        f"{' ...' if len(info[kind]) > 3 else ''}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(kind)
+    ]
+    faults += [name for name, value in unet.named_parameters() if value.is_meta][:3]
+    if faults:
+        raise ValueError(
+            f"model.path={folder.path} does not hold the weights its config.json describes "
+            f"({'; '.join(faults)}); export the model again"
+        )
+    return unet
+
+
+def _check_components(path: str, index: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
+    for name, value in index.items():
+        if name.startswith("_"):
+            continue
+        if name not in allowed:
+            raise ValueError(
+                f"model.path={path} names the component {name!r} in model_index.json; expected "
+                f"are {', '.join(allowed)}"
+            )
+        if not (isinstance(value, list) and value and value[0] == "diffusers"):
+            raise ValueError(
+                f"model.path={path} wants the component {name!r} from {value!r}; only classes of "
+                "diffusers are loaded, no code from elsewhere"
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"{path} is too large for a config file")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; save the model again by save_pretrained") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content
+
+
+def _download(path: str, revision: str | None, variant: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+
+    if not _HUB_ID.fullmatch(path):
+        raise ValueError(f"model.path={path} is no folder here and no hub id (owner/name)")
+    suffix = f"{variant}.safetensors" if variant else "safetensors"
+    try:
+        return Path(
+            snapshot_download(path, revision=revision, allow_patterns=["*.json", f"*.{suffix}"])
+        )
+    except (OSError, HFValidationError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.path={path} is no folder here and could not be fetched from the hub "
+            f"({reason}); a gated model needs `hf auth login` first"
+        ) from error

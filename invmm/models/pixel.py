@@ -1,0 +1,145 @@
+"""Unconditional pixel-space models: a U-Net whose latents are the pixels themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from invmm.data.files import file_sha256
+from invmm.diffusion.schedule import NoiseSchedule
+from invmm.engine.requests import Condition
+from invmm.models.adapter import ModelInfo
+from invmm.models.loading import ModelFolder, load_unet, open_folder
+
+_LUMINANCE = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelUNet:
+    """A diffusers DDPM or DDIM pipeline, or a bare UNet2DModel.
+
+    Attributes:
+        path: a local folder or a hub id.
+        schedule: diffusers scheduler keys; needed for a bare U-Net, overrides a pipeline's.
+        variant: of the weight files, for example fp16.
+        revision: of a hub repository.
+        dtype: of the weights; losses and the noise distribution stay in float32.
+    """
+
+    path: str
+    schedule: dict[str, Any] | None = None
+    variant: str | None = None
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def describe(self) -> ModelInfo:
+        """Reads JSON only; see `ModelRecipe`."""
+        folder = self._folder()
+        config = folder.unet_config
+        latent_shape = _latent_shape(self.path, config)
+        schedule = self._schedule(folder)
+        weights = folder.weights(self.variant)
+        return ModelInfo(
+            family="pixel",
+            latent_shape=latent_shape,
+            image_size=latent_shape[1],
+            num_train_timesteps=schedule.num_train_timesteps,
+            prediction_type=schedule.prediction_type,
+            final_alpha=schedule.alphas_cumprod[-1].item(),
+            weight_bytes=sum(file.stat().st_size for file in weights),
+        )
+
+    def load(self, device: torch.device) -> PixelNetwork:
+        """Loads, freezes and moves the network; see `ModelRecipe`."""
+        folder = self._folder()
+        _latent_shape(self.path, folder.unet_config)
+        unet = load_unet(folder, variant=self.variant, dtype=getattr(torch, self.dtype))
+        return PixelNetwork(unet, self._schedule(folder), device)
+
+    def fingerprint(self) -> dict[str, str]:
+        """See `ModelRecipe`."""
+        folder = self._folder()
+        return {
+            file.relative_to(folder.path).as_posix(): file_sha256(file)
+            for file in folder.weights(self.variant)
+        }
+
+    def _folder(self) -> ModelFolder:
+        return open_folder(self.path, revision=self.revision, variant=self.variant)
+
+    def _schedule(self, folder: ModelFolder) -> NoiseSchedule:
+        config = self.schedule or folder.scheduler_config
+        if config is None:
+            raise ValueError(
+                f"model.path={self.path} is a bare network without a noise schedule; give "
+                "model.schedule={num_train_timesteps: 1000, beta_schedule: linear, "
+                "beta_start: 1e-4, beta_end: 0.02, prediction_type: epsilon} as it was trained"
+            )
+        return NoiseSchedule.from_config(config)
+
+
+class PixelNetwork:
+    """A frozen U-Net behind the engine's `Network` Protocol.
+
+    Args:
+        unet: a UNet2DModel with 1 or 3 channels.
+        schedule: what it was trained with.
+        device: where it runs.
+    """
+
+    def __init__(self, unet: Any, schedule: NoiseSchedule, device: torch.device) -> None:
+        self.latent_shape = _latent_shape("in memory", unet.config)
+        self.schedule = schedule
+        self.device = device
+        self._unet = unet.to(device).eval().requires_grad_(False)
+
+    @classmethod
+    def from_pipeline(cls, pipeline: Any) -> PixelNetwork:
+        """Wraps a DDPMPipeline or DDIMPipeline object; its U-Net is frozen in place."""
+        schedule = NoiseSchedule.from_config(pipeline.scheduler.config)
+        return cls(pipeline.unet, schedule, pipeline.unet.device)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, condition: Condition | None) -> Tensor:
+        """See `Network`; a learned variance is left out."""
+        output = self._unet(latents.to(self._unet.dtype), timesteps).sample
+        return output[:, : self.latent_shape[0]].to(latents.dtype)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels are latents; a greyscale model sees the luminance."""
+        if self.latent_shape[0] == 3:
+            return pixels
+        weights = pixels.new_tensor(_LUMINANCE).view(1, 3, 1, 1)
+        return (pixels * weights).sum(1, keepdim=True)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Network`."""
+        return latents.clamp(-1, 1).expand(-1, 3, -1, -1)
+
+
+def _latent_shape(path: str, config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(C, H, W) from a U-Net's config.
+
+    Raises:
+        ValueError: the network is not an unconditional one on square images.
+    """
+    size, channels = config.get("sample_size"), config.get("in_channels", 3)
+    if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
+        size = size[0]
+    if not isinstance(size, int):
+        raise ValueError(
+            f"model {path} has sample_size={size} in its config.json; a square integer is needed"
+        )
+    if channels not in (1, 3) or config.get("out_channels", 3) not in (channels, 2 * channels):
+        raise ValueError(
+            f"model {path} maps {channels} to {config.get('out_channels')} channels; a pixel model "
+            "has 1 or 3 (a latent model needs its autoencoder)"
+        )
+    if config.get("num_class_embeds") or config.get("class_embed_type"):
+        raise ValueError(
+            f"model {path} is class-conditional; only unconditional pixel models are supported"
+        )
+    return channels, size, size

@@ -1,0 +1,1 @@
+"""What counts as a replica: similarity networks and the calibration of their threshold."""

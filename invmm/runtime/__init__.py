@@ -1,0 +1,1 @@
+"""Lightning: measuring with `predict`, training with `fit`, and watching both."""

@@ -1,0 +1,146 @@
+"""`trainer.predict` measures: the entry point reads as the data flow."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from invmm.analysis.report import report
+from invmm.data.dataset import ImageDataset, ImageEntry
+from invmm.results.manifest import RunManifest
+from invmm.results.run_folder import RunFolder
+from invmm.runtime.plan import MeasureRun
+from invmm.runtime.progress import progress_bar
+from invmm.runtime.signals import Interrupted, interruptible, raise_on_signals
+from invmm.runtime.trainer import TrainerSettings
+from invmm.runtime.worker import Worker
+
+EXIT_DONE, EXIT_INCOMPLETE = 0, 3
+
+
+def measure(run: MeasureRun) -> int:
+    """Measures all images that have no record yet, then collects, draws and prints.
+
+    Returns:
+        The exit code: 0 all images have a record; 3 some are missing (a process died, the disk is
+        full); 130 or 143 interrupted by a signal.
+
+    Raises:
+        ValueError: the folder belongs to another run, or model and images do not go together.
+    """
+    dataset = run.dataset.open(run.model.describe().image_size)
+    with RunFolder.open(run.run_dir, config=run.config, digest=run.digest) as folder:
+        RunManifest.of(run, dataset).agree_or_write(folder)
+        pending = folder.pending(dataset.entries, retry_failed=run.retry_failed)
+        _announce(run, dataset, len(pending))
+        exit_code = EXIT_DONE
+        if pending:
+            exit_code = _measure_pending(run, folder, dataset, pending)
+        print(report(folder.path), flush=True)
+        run.logger.publish(folder.path, run.config)
+    return exit_code
+
+
+def _announce(run: MeasureRun, dataset: ImageDataset, num_pending: int) -> None:
+    for problem in dataset.problems:
+        print(f"data set: {problem}", file=sys.stderr)
+    total = len(dataset.entries)
+    done = f", {total - num_pending} of them measured before" if num_pending < total else ""
+    print(f"{total} images{done}; records in {run.run_dir}", flush=True)
+
+
+def _measure_pending(
+    run: MeasureRun, folder: RunFolder, dataset: ImageDataset, pending: Sequence[ImageEntry]
+) -> int:
+    exit_code, reason = EXIT_DONE, "a process ended early"
+    try:
+        with interruptible(), progress_bar(folder, len(pending)):
+            _predict(MeasureModule(run, folder, dataset, pending), run.trainer)
+    except Interrupted as signal:
+        exit_code, reason = signal.exit_code, f"stopped by {signal}"
+    except (ProcessExitedException, ProcessRaisedException) as error:
+        reason = f"a worker died: {_last_line(error)}"
+    except OSError as error:
+        reason = f"a record could not be written: {error}"
+    missing = folder.pending(pending, retry_failed=False)
+    if missing or exit_code:
+        print(
+            f"{reason}; {len(pending) - len(missing)} of {len(pending)} images are written, "
+            f"{len(missing)} are missing. The same command goes on where this one stopped.",
+            file=sys.stderr,
+        )
+        return exit_code or EXIT_INCOMPLETE
+    return EXIT_DONE
+
+
+class MeasureModule(pl.LightningModule):
+    """Measures one process's share of the images in a single `predict_step`.
+
+    The images wait in a queue that all processes see; gradients are each image's own and never
+    averaged, hence `predict` and not `fit`.
+    """
+
+    def __init__(
+        self,
+        run: MeasureRun,
+        folder: RunFolder,
+        dataset: ImageDataset,
+        entries: Sequence[ImageEntry],
+    ) -> None:
+        super().__init__()
+        self.run, self.folder, self.dataset, self.entries = run, folder, dataset, entries
+
+    def on_predict_start(self) -> None:
+        """Takes the signals back from Lightning, in every process."""
+        raise_on_signals()
+        torch.set_num_threads(self.run.trainer.num_threads)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        """Drains the queue; the batch is a placeholder."""
+        with torch.enable_grad():
+            Worker(self.run, self.folder, self.dataset, self.entries, self.device).drain()
+
+
+class _OneBatch:
+    """A loader with a single placeholder batch: the queue of images is the module's own."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[int]:
+        yield 0
+
+
+def _predict(module: MeasureModule, settings: TrainerSettings) -> None:
+    """Runs the module on all devices, and leaves no process behind however that ends."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    trainer = pl.Trainer(
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        strategy="ddp_spawn" if settings.devices > 1 else "auto",
+        inference_mode=False,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    try:
+        trainer.predict(module, _OneBatch(), return_predictions=False)
+    finally:
+        for process in getattr(trainer.strategy.launcher, "procs", []):
+            process.terminate()
+            process.join(timeout=10)
+            process.kill()
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]

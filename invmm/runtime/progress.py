@@ -1,0 +1,46 @@
+"""The progress bar of a run: images done, replicated so far, time left."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from invmm.engine.outcomes import Status
+from invmm.results.run_folder import RunFolder
+
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+@contextmanager
+def progress_bar(folder: RunFolder, total: int) -> Iterator[None]:
+    """Follows the records that any process of the run finishes, from a thread of the parent."""
+    finished = folder.follow_finished()
+    stop = threading.Event()
+    bar = tqdm(total=total, unit="image", desc="measuring", dynamic_ncols=True)
+    replicated = failed = 0
+
+    def look() -> None:
+        nonlocal replicated, failed
+        for status in finished():
+            replicated += status == Status.REPLICATED
+            failed += status in (Status.FAILED, Status.DIVERGED)
+            bar.update()
+        counts = {"replicated": replicated, **({"failed": failed} if failed else {})}
+        bar.set_postfix(counts, refresh=True)
+
+    def watch() -> None:
+        while not stop.wait(_SECONDS_BETWEEN_LOOKS):
+            look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        look()
+        bar.close()

@@ -1,0 +1,103 @@
+"""One process's share of a run: claim an image, prepare it, measure it, write its record."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from invmm.data.dataset import ImageDataset, ImageEntry, LoadedImage
+from invmm.engine.engine import Engine, Job
+from invmm.engine.outcomes import Outcome
+from invmm.engine.protocols import Network, Setting, Similarity, Target
+from invmm.results.records import write_record
+from invmm.results.run_folder import Claim, RunFolder
+from invmm.runtime.plan import MeasureRun
+
+
+def image_generator(seed: int, image_id: str) -> torch.Generator:
+    """The source of all randomness of one image, whatever its place in the queue."""
+    digest = hashlib.sha256(f"{seed}:{image_id}".encode(errors="surrogatepass")).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class Worker:
+    """Drains the images that no other process has claimed.
+
+    Args:
+        run: the recipes.
+        folder: where records go.
+        dataset: opened.
+        entries: the images still to measure, the same list in every process.
+        device: of the network.
+    """
+
+    def __init__(
+        self,
+        run: MeasureRun,
+        folder: RunFolder,
+        dataset: ImageDataset,
+        entries: Sequence[ImageEntry],
+        device: torch.device,
+    ) -> None:
+        self.run, self.folder, self.dataset, self.entries = run, folder, dataset, entries
+        self.network: Network = run.model.load(device)
+        self.similarity: Similarity = run.replication.similarity.load(device)
+        second = run.replication.second_opinion
+        self.second_opinion: Similarity | None = second.load(device) if second else None
+        self.setting = Setting(
+            schedule=self.network.schedule, sampler=run.sampler, criterion=run.replication
+        )
+        self._claims: dict[str, tuple[ImageEntry, Claim]] = {}
+        self._loaded: dict[str, LoadedImage] = {}
+
+    def drain(self) -> None:
+        """Measures until the queue is empty; each record is on disk before the next image ends."""
+        engine = Engine(self.network, self.similarity, self.run.engine)
+        for job, outcome in engine.run(self._jobs()):
+            self._finish(job.key, outcome)
+
+    def _jobs(self) -> Iterator[Job]:
+        for entry in self.entries:
+            claim = self.folder.claim(entry.image_id)
+            if claim is None:
+                continue
+            self._claims[entry.image_id] = (entry, claim)
+            yield Job(entry.image_id, lambda entry=entry: self._start(entry))
+
+    def _start(self, entry: ImageEntry) -> Coroutine[Any, Any, Outcome]:
+        loaded = self._loaded[entry.image_id] = self.dataset.load(entry)
+        pixels = loaded.pixels[None].to(self.network.device)
+        with torch.no_grad():
+            target = Target(
+                image_id=entry.image_id,
+                pixels=pixels[0],
+                latents=self.network.encode(pixels),
+                embedding=self.similarity.embed(pixels)[0],
+            )
+        rng = image_generator(self.run.seed, entry.image_id)
+        return self.run.measurement(target, self.setting, rng)
+
+    def _finish(self, image_id: str, outcome: Outcome) -> None:
+        entry, claim = self._claims.pop(image_id)
+        loaded = self._loaded.pop(image_id, None)
+        with claim:
+            write_record(
+                self.folder,
+                entry,
+                outcome,
+                loaded=loaded,
+                seed=self.run.seed,
+                second_opinion=self._second_opinion(loaded, outcome),
+            )
+
+    def _second_opinion(self, loaded: LoadedImage | None, outcome: Outcome) -> float | None:
+        """Similarity of the closest sample by the control measure."""
+        if self.second_opinion is None or loaded is None or outcome.samples is None:
+            return None
+        pair = torch.stack([loaded.pixels, outcome.samples[0]]).to(self.network.device)
+        with torch.no_grad():
+            target, sample = self.second_opinion.embed(pair)
+        return float(target @ sample)

@@ -1,0 +1,65 @@
+"""Several processes give the records of one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import tiny
+from integration.test_measure import wait_for
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(finished, model, images, tmp_path):
+    run_dir, _ = finished
+    result = tiny.invmm(tiny.command(model, images, tmp_path / "run", "trainer.devices=2"))
+    assert result.returncode == 0, result.stderr
+    assert tiny.records(tmp_path / "run") == tiny.records(run_dir)
+
+
+def children(pid: int) -> list[int]:
+    """Processes whose parent is `pid`."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("to", "signum", "code"), [
+    ("parent", signal.SIGTERM, 143), ("parent", signal.SIGINT, 130), ("worker", signal.SIGKILL, 3),
+])  # fmt: skip
+def test_no_process_outlives_the_run_and_nothing_is_lost(
+    to, signum, code, finished, model, images, tmp_path
+):
+    run_dir, _ = finished
+    slow = tiny.command(model, images, tmp_path / "run", "trainer.devices=2", "engine.slots=1")
+    process = subprocess.Popen(
+        slow, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wait_for(lambda: list((tmp_path / "run").glob("records/*/record.json")))
+    workers = children(process.pid)
+    os.kill(process.pid if to == "parent" else workers[-1], signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "The same command goes on where this one stopped" in errors
+    wait_for(lambda: not any(map(is_alive, workers)), seconds=10)
+    result = tiny.invmm(tiny.command(model, images, tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    assert tiny.records(tmp_path / "run") == tiny.records(run_dir)

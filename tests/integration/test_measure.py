@@ -1,0 +1,123 @@
+"""The command end to end on a tiny real model."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import tiny
+
+
+def test_a_run_writes_what_it_promises(finished):
+    run_dir, result = finished
+    records = tiny.records(run_dir)
+    assert len(records) == 8
+    assert records["broken.png"]["status"] == "FAILED"
+    assert "broken.png" not in {k for k, r in records.items() if r["status"] != "FAILED"}
+    table = tiny.scores(run_dir).set_index("image_id")
+    assert set(table.index) == set(records)
+    replicated = table[table.status == "REPLICATED"]
+    assert 0 < len(replicated) < 7
+    assert replicated.score.notna().all()
+    assert table[table.status == "NOT_REPLICATED"].score.isna().all()
+    assert (replicated.score_nats / replicated.score).round(3).eq(192).all()
+    for name in ("gallery.png", "scores.png", "scores.csv", "manifest.json"):
+        assert (run_dir / name).stat().st_size > 0
+    assert "broken.png" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_a_rerun_measures_nothing_again(finished, model, images):
+    run_dir, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in run_dir.glob("records/*/*")}
+    result = tiny.invmm(tiny.command(model, images, run_dir, "engine.slots=3"))
+    assert result.returncode == 0, result.stderr
+    assert "8 of them measured before" in result.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in run_dir.glob("records/*/*")}
+
+
+def test_another_config_is_refused_with_the_keys_that_differ(finished, model, images):
+    run_dir, _ = finished
+    result = tiny.invmm(tiny.command(model, images, run_dir, "seed=7", "inversion.num_steps=25"))
+    assert result.returncode == 2
+    assert "seed" in result.stderr
+    assert "num_steps" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_slots_do_not_change_a_record(finished, model, images, tmp_path):
+    run_dir, _ = finished
+    result = tiny.invmm(tiny.command(model, images, tmp_path / "run", "engine.slots=1"))
+    assert result.returncode == 0, result.stderr
+    assert tiny.records(tmp_path / "run") == tiny.records(run_dir)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_in_good_order(signum, code, model, images, tmp_path):
+    arguments = tiny.command(model, images, tmp_path / "run", "inversion.num_steps=100000")
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wait_for(lambda: list((tmp_path / "run").glob("records/*/record.json")))
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "The same command goes on where this one stopped" in errors
+    assert "Traceback" not in errors
+    left = list((tmp_path / "run" / "records").glob("*/record.json"))
+    assert 0 < len(left) < 8
+    assert all(json.loads(path.read_text())["image_id"] for path in left)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_resumes_to_the_same_records(finished, model, images, tmp_path):
+    """SIGKILL after random delays, at least ten times, until the run gets through."""
+    run_dir, _ = finished
+    arguments = tiny.command(model, images, tmp_path / "run")
+    start = time.monotonic()
+    assert tiny.invmm(tiny.command(model, images, tmp_path / "timing")).returncode == 0
+    whole = time.monotonic() - start
+    draw = random.Random(0)
+    killed = 0
+    for _ in range(12):
+        process = subprocess.Popen(
+            arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        time.sleep(draw.uniform(0.4, 1.0) * whole)
+        killed += process.poll() is None
+        process.kill()
+        process.wait()
+    result = tiny.invmm(arguments)
+    assert result.returncode == 0, result.stderr
+    assert killed >= 10
+    assert tiny.records(tmp_path / "run") == tiny.records(run_dir)
+
+
+def test_two_runs_in_one_folder_are_refused(model, images, tmp_path):
+    arguments = tiny.command(model, images, tmp_path / "run", "inversion.num_steps=100000")
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        wait_for(lambda: list((tmp_path / "run").glob("records/*/record.json")))
+        result = tiny.invmm(arguments)
+    finally:
+        process.kill()
+        process.wait()
+    assert result.returncode == 2
+    assert str(tmp_path / "run") in result.stderr
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
