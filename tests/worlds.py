@@ -112,7 +112,11 @@ def make_target(network: PixelWorld, seed: int = 0) -> Target:
 
 
 def make_setting(
-    network: PixelWorld, *, threshold: float = 0.5, num_samples: int = 4, early_exit: bool = True,
+    network: PixelWorld,
+    *,
+    threshold: float = 0.5,
+    num_samples: int = 4,
+    early_exit: bool = True,
     **sampler: object,
 ) -> Setting:
     """DDIM in 10 steps unless told otherwise."""

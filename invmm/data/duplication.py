@@ -25,7 +25,7 @@ def planted(ids: Sequence[str], copies: Sequence[int]) -> dict[str, int]:
     return {**dict.fromkeys(ids, 1), **dict(zip(ids, copies, strict=False))}
 
 
-def shuffled(ids: Sequence[str], seed: int) -> list[str]:
+def shuffled(ids: list[str], seed: int) -> list[str]:
     """A permutation that depends on the seed only."""
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     return [ids[index] for index in order.tolist()]

@@ -17,7 +17,8 @@ from invmm.data.images import MIN_SIDE, Resize, load_image, read_bytes
 from invmm.data.manifest import TrainingManifest
 
 EXTENSIONS = frozenset(
-    ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .jp2 .avif .ppm .pgm .ico .tga".split()
+    f".{name}"
+    for name in "png jpg jpeg webp bmp gif tif tiff jp2 avif ppm pgm ico tga".split()  # noqa: SIM905
 )
 METADATA = "metadata.jsonl"
 

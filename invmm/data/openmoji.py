@@ -77,7 +77,7 @@ class OpenMoji:
             entries=select(icons, ids=self.ids, take=self.take), size=size, everything=icons
         )
 
-    def _plan(self, kept: Sequence[str]) -> dict[str, int]:
+    def _plan(self, kept: list[str]) -> dict[str, int]:
         if self.copies_file is not None:
             plan = read_plan(Path(self.copies_file))
             if unknown := sorted(set(plan) - set(kept)):

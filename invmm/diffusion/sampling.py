@@ -81,37 +81,35 @@ class Sampler:
             else (self.num_inference_steps)
         )
 
-    def check(self, *, num_train_timesteps: int, prediction_type: str, final_alpha: float) -> None:
-        """Refuses a sampler that the trained schedule cannot run.
-
-        Args:
-            num_train_timesteps: T of the model.
-            prediction_type: what the model predicts.
-            final_alpha: alpha-bar of the last training timestep.
+    def check_steps(self, num_train_timesteps: int) -> None:
+        """Refuses a number of steps that a model trained on T noise levels cannot take.
 
         Raises:
             ValueError: naming the key, the value and the cure.
         """
-        steps = self.num_inference_steps
-        if steps > num_train_timesteps:
+        steps, total = self.num_inference_steps, num_train_timesteps
+        if steps > total:
             raise ValueError(
-                f"sampler.num_inference_steps={steps} exceeds the model's {num_train_timesteps} "
-                f"training timesteps; use at most {num_train_timesteps}"
+                f"sampler.num_inference_steps={steps} exceeds the model's {total} training "
+                f"timesteps; use at most {total}"
             )
-        if self.scheduler == "ddim" and num_train_timesteps % steps:
-            near = min(
-                (n for n in range(1, num_train_timesteps + 1) if num_train_timesteps % n == 0),
-                key=lambda n: abs(n - steps),
-            )
+        if self.scheduler == "ddim" and total % steps:
+            divisors = [count for count in range(1, total + 1) if total % count == 0]
+            near = min(divisors, key=lambda count: abs(count - steps))
             raise ValueError(
-                f"sampler.num_inference_steps={steps} does not divide the model's "
-                f"{num_train_timesteps} training timesteps, as DDIM needs; use {near}"
+                f"sampler.num_inference_steps={steps} does not divide the model's {total} "
+                f"training timesteps, as DDIM needs; use {near}"
             )
-        if (
-            final_alpha < _SMALLEST_FINAL_ALPHA
-            and prediction_type == "epsilon"
-            and self.timestep_spacing == "trailing"
-        ):
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        """Refuses to start where a noise predictor's clean latents are undefined.
+
+        Raises:
+            ValueError: naming the key, the value and the cure.
+        """
+        final_alpha = schedule.alphas_cumprod[-1].item()
+        explodes = final_alpha < _SMALLEST_FINAL_ALPHA and schedule.prediction_type == "epsilon"
+        if explodes and self.timestep_spacing == "trailing":
             raise ValueError(
                 f"sampler.timestep_spacing=trailing starts where alpha-bar is {final_alpha:.1e}, "
                 "and dividing a predicted noise by its root explodes; use "

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from invmm.diffusion.schedule import NoiseSchedule
 from invmm.engine.protocols import Network
 
 
@@ -20,7 +21,6 @@ class ModelInfo:
         image_size: side of the square images that it draws, in pixels.
         num_train_timesteps: T.
         prediction_type: what the network predicts.
-        final_alpha: alpha-bar of the last training timestep.
         weight_bytes: size of the weight files; None if they are not on this machine.
     """
 
@@ -29,7 +29,6 @@ class ModelInfo:
     image_size: int
     num_train_timesteps: int
     prediction_type: str
-    final_alpha: float
     weight_bytes: int | None
 
 
@@ -39,6 +38,10 @@ class ModelRecipe(Protocol):
 
     def describe(self) -> ModelInfo:
         """Reads JSON only; raises ValueError for what cannot be measured."""
+        ...
+
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule that the model was trained with."""
         ...
 
     def load(self, device: torch.device) -> Network:

@@ -64,21 +64,22 @@ class ModelFolder:
 
 
 def open_folder(
-    path: str, *, revision: str | None = None, variant: str | None = None
+    path: str, *, revision: str | None, variant: str | None, weights: bool
 ) -> ModelFolder:
-    """Finds the folder (downloading a hub id if need be) and reads its JSON files.
+    """Finds the folder (fetching a hub id if need be) and reads its JSON files.
 
     Args:
         path: a folder, or a hub id such as google/ddpm-cifar10-32.
         revision: of the hub repository.
         variant: of the weight files, such as fp16.
+        weights: whether the weights must be there too.
 
     Raises:
         ValueError: neither a folder nor a hub id, or not a supported model.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        folder = _download(path, revision, variant)
+        folder = _download(path, revision, variant if weights else None, weights=weights)
     if (folder / "model_index.json").is_file():
         index = _read_json(folder / "model_index.json")
         name = index.get("_class_name")
@@ -120,7 +121,7 @@ def load_unet(folder: ModelFolder, *, variant: str | None, dtype: Any) -> Any:
 
     folder.weights(variant)
     try:
-        unet, info = UNet2DModel.from_pretrained(
+        loaded: Any = UNet2DModel.from_pretrained(
             str(folder.path),
             subfolder=folder.unet or None,
             variant=variant,
@@ -132,6 +133,7 @@ def load_unet(folder: ModelFolder, *, variant: str | None, dtype: Any) -> Any:
         )
     except (RuntimeError, OSError) as error:
         raise ValueError(f"model.path={folder.path} cannot be loaded: {error}") from error
+    unet, info = loaded
     faults = [
         f"{kind.removesuffix('_keys')} {', '.join(map(str, list(info[kind])[:3]))}"
         f"{' ...' if len(info[kind]) > 3 else ''}"
@@ -177,17 +179,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _download(path: str, revision: str | None, variant: str | None) -> Path:
+def _download(path: str, revision: str | None, variant: str | None, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if not _HUB_ID.fullmatch(path):
         raise ValueError(f"model.path={path} is no folder here and no hub id (owner/name)")
-    suffix = f"{variant}.safetensors" if variant else "safetensors"
+    patterns = ["*.json"]
+    if weights:
+        patterns.append(f"*.{variant}.safetensors" if variant else "*.safetensors")
     try:
-        return Path(
-            snapshot_download(path, revision=revision, allow_patterns=["*.json", f"*.{suffix}"])
-        )
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (OSError, HFValidationError, HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,62 +25,66 @@ class PixelUNet:
 
     Attributes:
         path: a local folder or a hub id.
-        schedule: diffusers scheduler keys; needed for a bare U-Net, overrides a pipeline's.
+        noise_schedule: diffusers scheduler keys; needed for a bare U-Net, overrides a pipeline's.
         variant: of the weight files, for example fp16.
         revision: of a hub repository.
         dtype: of the weights; losses and the noise distribution stay in float32.
     """
 
     path: str
-    schedule: dict[str, Any] | None = None
+    noise_schedule: dict[str, Any] | None = None
     variant: str | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def describe(self) -> ModelInfo:
         """Reads JSON only; see `ModelRecipe`."""
-        folder = self._folder()
-        config = folder.unet_config
-        latent_shape = _latent_shape(self.path, config)
-        schedule = self._schedule(folder)
-        weights = folder.weights(self.variant)
+        folder = self._folder(weights=False)
+        latent_shape = _latent_shape(self.path, folder.unet_config)
+        trained = self._trained(folder)
+        on_disk = folder.path == Path(self.path).expanduser()
+        weights = folder.weights(self.variant) if on_disk else []
         return ModelInfo(
             family="pixel",
             latent_shape=latent_shape,
             image_size=latent_shape[1],
-            num_train_timesteps=schedule.num_train_timesteps,
-            prediction_type=schedule.prediction_type,
-            final_alpha=schedule.alphas_cumprod[-1].item(),
-            weight_bytes=sum(file.stat().st_size for file in weights),
+            num_train_timesteps=trained.get("num_train_timesteps", 1000),
+            prediction_type=trained.get("prediction_type", "epsilon"),
+            weight_bytes=sum(file.stat().st_size for file in weights) or None,
         )
+
+    def schedule(self) -> NoiseSchedule:
+        """See `ModelRecipe`."""
+        return NoiseSchedule.from_config(self._trained(self._folder(weights=False)))
 
     def load(self, device: torch.device) -> PixelNetwork:
         """Loads, freezes and moves the network; see `ModelRecipe`."""
-        folder = self._folder()
+        folder = self._folder(weights=True)
         _latent_shape(self.path, folder.unet_config)
         unet = load_unet(folder, variant=self.variant, dtype=getattr(torch, self.dtype))
-        return PixelNetwork(unet, self._schedule(folder), device)
+        return PixelNetwork(unet, self.schedule(), device)
 
     def fingerprint(self) -> dict[str, str]:
         """See `ModelRecipe`."""
-        folder = self._folder()
+        folder = self._folder(weights=True)
         return {
             file.relative_to(folder.path).as_posix(): file_sha256(file)
             for file in folder.weights(self.variant)
         }
 
-    def _folder(self) -> ModelFolder:
-        return open_folder(self.path, revision=self.revision, variant=self.variant)
+    def _folder(self, *, weights: bool) -> ModelFolder:
+        return open_folder(self.path, revision=self.revision, variant=self.variant, weights=weights)
 
-    def _schedule(self, folder: ModelFolder) -> NoiseSchedule:
-        config = self.schedule or folder.scheduler_config
-        if config is None:
+    def _trained(self, folder: ModelFolder) -> Mapping[str, Any]:
+        """The keys of the trained noise schedule."""
+        trained = self.noise_schedule or folder.scheduler_config
+        if trained is None:
             raise ValueError(
                 f"model.path={self.path} is a bare network without a noise schedule; give "
-                "model.schedule={num_train_timesteps: 1000, beta_schedule: linear, "
-                "beta_start: 1e-4, beta_end: 0.02, prediction_type: epsilon} as it was trained"
+                "'model.noise_schedule={num_train_timesteps: 1000, beta_schedule: linear, "
+                "beta_start: 1e-4, beta_end: 0.02, prediction_type: epsilon}' as it was trained"
             )
-        return NoiseSchedule.from_config(config)
+        return trained
 
 
 class PixelNetwork:

@@ -14,7 +14,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from invmm.analysis.report import report
 from invmm.data.dataset import ImageDataset, ImageEntry
-from invmm.results.manifest import RunManifest
+from invmm.results.manifest import Inputs, write_manifest
 from invmm.results.run_folder import RunFolder
 from invmm.runtime.plan import MeasureRun
 from invmm.runtime.progress import progress_bar
@@ -37,7 +37,10 @@ def measure(run: MeasureRun) -> int:
     """
     dataset = run.dataset.open(run.model.describe().image_size)
     with RunFolder.open(run.run_dir, config=run.config, digest=run.digest) as folder:
-        RunManifest.of(run, dataset).agree_or_write(folder)
+        inputs = Inputs.of(run.model, run.replication, dataset)
+        write_manifest(
+            folder, inputs, config=run.config, seed=run.seed, problems=list(dataset.problems)
+        )
         pending = folder.pending(dataset.entries, retry_failed=run.retry_failed)
         _announce(run, dataset, len(pending))
         exit_code = EXIT_DONE

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Interrupted(BaseException):  # noqa: N818 - not an error, and no `except Exception` may eat it
-    """A signal asked the run to end.
+class Interrupted(BaseException):
+    """A signal asked the run to end; no `except Exception` may swallow it.
 
     Attributes:
         exit_code: 128 + the signal's number, as shells report it.

@@ -8,6 +8,7 @@ from torch import Tensor
 from worlds import IdealNetwork, MicroNetwork
 
 from invmm.diffusion.sampling import Sampler, draw
+from invmm.diffusion.schedule import NoiseSchedule
 
 NOISE = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 SEEDS = (11, 12, 13, 14, 15)
@@ -120,14 +121,19 @@ def test_options_a_scheduler_does_not_have_are_refused(options, message):
 
 
 @pytest.mark.parametrize(
-    ("options", "schedule", "message"),
-    [
-        ({"num_inference_steps": 1200}, {}, "at most 1000"),
-        ({"num_inference_steps": 30}, {}, "does not divide .* use 25"),
-        ({"num_inference_steps": 20}, {"final_alpha": 1e-9}, "timestep_spacing=leading"),
-    ],
+    ("steps", "message"), [(1200, "at most 1000"), (30, "does not divide .* use 25")]
 )
-def test_samplers_the_schedule_cannot_run_are_refused(options, schedule, message):
-    model = {"num_train_timesteps": 1000, "prediction_type": "epsilon", "final_alpha": 4e-5}
+def test_steps_the_schedule_cannot_take_are_refused(steps, message):
     with pytest.raises(ValueError, match=message):
-        Sampler(**options).check(**{**model, **schedule})
+        Sampler(num_inference_steps=steps).check_steps(1000)
+
+
+def test_a_start_at_no_signal_is_refused_for_noise_predictors_only():
+    cosine = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+    epsilon = NoiseSchedule.from_config({**cosine, "prediction_type": "epsilon"})
+    velocity = NoiseSchedule.from_config({**cosine, "prediction_type": "v_prediction"})
+    with pytest.raises(ValueError, match=r"use sampler\.timestep_spacing=leading"):
+        Sampler().check_schedule(epsilon)
+    Sampler(timestep_spacing="leading").check_schedule(epsilon)
+    Sampler().check_schedule(velocity)
+    Sampler().check_schedule(MicroNetwork().schedule)

@@ -24,7 +24,8 @@ def test_kl_is_zero_at_the_prior_and_positive_elsewhere():
     noise = GaussianNoise.prior(torch.ones(1, 3, 4, 4))
     assert noise.kl().item() == 0
     for mean, log_variance in ((1e-2, 0.0), (0.0, 1e-2), (0.0, -1e-2)):
-        moved = GaussianNoise(torch.full((1, 1, 1, 1), mean), torch.full((1, 1, 1, 1), log_variance))
+        one = torch.ones(1, 1, 1, 1)
+        moved = GaussianNoise(mean * one, log_variance * one)
         assert moved.kl().item() > 0
 
 

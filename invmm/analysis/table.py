@@ -1,0 +1,68 @@
+"""The table and the summary that a run ends with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from invmm.analysis.statistics import auroc, image_groups, memorization_order, proportion
+from invmm.results.collect import ranked
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MAX_ROWS = 40
+_NAME_WIDTH = 34
+
+
+def table(frame: pd.DataFrame) -> str:
+    """The most memorized images, one line each."""
+    header = (
+        f"{'image':{_NAME_WIDTH}} {'copies':>6} {'status':14} {'score':>7} {'nats':>8} "
+        f"{'similarity':>10} {'steps':>6} {'evaluations':>11}"
+    )
+    lines = [header, "-" * len(header)]
+    for _, row in ranked(frame).head(MAX_ROWS).iterrows():
+        empty = row.isna()
+        name = row.image_id if empty.caption else f"{row.caption} ({row.image_id})"
+        lines.append(
+            f"{_shortened(name):{_NAME_WIDTH}} {'' if empty.copies else row.copies:>6} "
+            f"{row.status:14} {_number(row.score, 3):>7} {_number(row.score_nats, 1):>8} "
+            f"{_number(row.best_similarity, 2):>10} {row.steps:>6} "
+            f"{row.evaluations_forward + row.evaluations_backward:>11}"
+        )
+    if len(frame) > MAX_ROWS:
+        lines.append(f"... and {len(frame) - MAX_ROWS} more in scores.csv")
+    return "\n".join(lines)
+
+
+def summary(frame: pd.DataFrame) -> str:
+    """Replicated images by group, false alarms, how well the groups separate, what failed."""
+    groups = image_groups(frame)
+    measured = frame.status.isin(["REPLICATED", "NOT_REPLICATED"])
+    replicated = frame.status == "REPLICATED"
+    lines = []
+    for group in ("duplicated", "single", "held_out", "unknown"):
+        mine = measured & (groups == group)
+        if mine.any():
+            share = proportion(int((mine & replicated).sum()), int(mine.sum()))
+            name = "held_out (false alarms)" if group == "held_out" else group
+            lines.append(f"{name}: replicated {share}")
+    for tie_break in (True, False):
+        order = memorization_order(frame.loc[measured], tie_break=tie_break)
+        of_measured = groups.loc[measured].to_numpy()
+        value = auroc(order[of_measured == "duplicated"], order[of_measured == "held_out"])
+        if value is not None:
+            how = "score, ties broken by best similarity" if tie_break else "score alone"
+            lines.append(f"AUROC duplicated against held_out, {how}: {value:.3f}")
+    for _, row in frame[~measured].iterrows():
+        lines.append(f"{row.status} {row.image_id}: {row.error}")
+    return "\n".join(lines)
+
+
+def _number(value: float, digits: int) -> str:
+    return "" if value != value else f"{value:.{digits}f}"
+
+
+def _shortened(name: str) -> str:
+    printable = "".join(char if char.isprintable() else "?" for char in name)
+    return printable if len(printable) <= _NAME_WIDTH else printable[: _NAME_WIDTH - 3] + "..."

@@ -1,0 +1,38 @@
+"""`invmm-collect`: table, pictures and summary of finished or unfinished runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Console script."""
+    parser = argparse.ArgumentParser(
+        prog="invmm-collect",
+        description="Collects the records of runs into scores.parquet and scores.csv, draws the "
+        "gallery and the histogram, and prints the table. Running it again changes nothing.",
+    )
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument(
+        "--join", type=Path, metavar="FILE.csv", help="write the table of all runs into one file"
+    )
+    arguments = parser.parse_args()
+    for run_dir in arguments.run_dirs:
+        if not (run_dir / "records").is_dir():
+            print(f"invmm-collect: {run_dir} holds no records", file=sys.stderr)
+            sys.exit(2)
+
+    from invmm.analysis.report import report
+    from invmm.results.collect import score_table
+
+    for run_dir in arguments.run_dirs:
+        print(report(run_dir))
+    if arguments.join:
+        score_table(arguments.run_dirs).to_csv(arguments.join, index=False)
+        print(f"written: {arguments.join}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The harness of all commands: help, the check of every job, dry runs, then Hydra."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+EXIT_USER_ERROR = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command built on a primary config.
+
+    Attributes:
+        name: as typed in a shell.
+        config_name: the primary config in conf/.
+        groups: config groups that it composes.
+        help: what it does, with examples.
+        check: builds the recipes from a plain config and appends all faults; None if faulty.
+        dry_run: describes a checked config without running it.
+        execute: runs a checked config: (recipes, plain config, folder, digest) -> exit code.
+    """
+
+    name: str
+    config_name: str
+    groups: tuple[str, ...]
+    help: str
+    check: Callable[[Mapping[str, Any], list[str]], Any]
+    dry_run: Callable[[Any, Mapping[str, Any]], str]
+    execute: Callable[[Any, Mapping[str, Any], Path, str], int]
+
+    def main(self) -> None:
+        """Entry point of the console script."""
+        sys.exit(self.run(sys.argv[1:]))
+
+    def run(self, arguments: list[str]) -> int:
+        """Runs the command and returns its exit code."""
+        if {"-h", "--help"} & set(arguments):
+            print(self._help())
+            return 0
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+        from hydra._internal.utils import get_args_parser
+
+        flags = get_args_parser().parse_args(arguments)
+        checked = self._checked_jobs(flags.overrides, multirun=flags.multirun)
+        if checked is None:
+            return EXIT_USER_ERROR
+        if any(config["dry_run"] for config, _ in checked):
+            for config, recipes in checked:
+                if code := self._guarded(lambda r=recipes, c=config: _print(self.dry_run(r, c))):
+                    return code
+            return 0
+        return self._run_hydra()
+
+    def _checked_jobs(
+        self, overrides: list[str], *, multirun: bool
+    ) -> list[tuple[dict[str, Any], Any]] | None:
+        """(config, recipes) of every job; None, and all faults printed, if there are any."""
+        from invmm.cli.compose import compose_job, jobs
+
+        by_fault: dict[str, list[str]] = {}
+        general: list[str] = []
+        checked = []
+        for job in jobs(overrides, multirun=multirun, faults=general):
+            faults: list[str] = []
+            config = compose_job(self.config_name, job, faults)
+            recipes = self.check(config, faults) if config else None
+            checked.append((config, recipes))
+            for fault in faults:
+                by_fault.setdefault(fault, []).append(" ".join(job))
+        if not general and not by_fault:
+            return checked
+        print(f"{self.name}: {len(general) + len(by_fault)} faults", file=sys.stderr)
+        for fault in general:
+            print(f"  {fault}", file=sys.stderr)
+        for fault, where in by_fault.items():
+            only = f"   [job {where[0]}]" if len(checked) > 1 and len(where) < len(checked) else ""
+            print(f"  {fault}{only}", file=sys.stderr)
+        return None
+
+    def _run_hydra(self) -> int:
+        import hydra
+        from hydra.core.hydra_config import HydraConfig
+        from omegaconf import DictConfig
+
+        from invmm.cli.compose import digest_of, plain, resolvers
+
+        codes: list[int] = []
+
+        def job(config: DictConfig) -> None:
+            values = plain(config)
+            recipes = self.check(values, [])
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            code = self._guarded(lambda: self.execute(recipes, values, folder, digest_of(values)))
+            codes.append(code)
+            if code > 128:  # a signal ends the sweep, not the job alone
+                sys.exit(code)
+
+        with resolvers():
+            hydra.main("pkg://invmm.conf", self.config_name, version_base="1.3")(job)()
+        return max(codes, default=0)
+
+    def _guarded(self, action: Callable[[], int]) -> int:
+        """Faults of the user's inputs end in one line, not in a traceback."""
+        try:
+            return action()
+        except ValueError as error:
+            print(f"{self.name}: {error}", file=sys.stderr)
+            return EXIT_USER_ERROR
+
+    def _help(self) -> str:
+        lines = [self.help.strip(), "", "Config groups (GROUP=OPTION):"]
+        for group in self.groups:
+            folder = files("invmm.conf") / group
+            options = sorted(
+                item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml")
+            )
+            lines.append(f"  {group:12} {' '.join(options)}")
+        lines += [
+            "",
+            "Any value: KEY=VALUE. Several: --multirun KEY=A,B. Look first: dry_run=true.",
+            "Exit codes: 0 done, 2 faulty config or inputs, 3 images are missing, 130/143 signal.",
+        ]
+        return "\n".join(lines)
+
+
+def _print(text: str) -> int:
+    print(text)
+    return 0

@@ -1,0 +1,131 @@
+"""Composing configs before a run, so that all faults of all jobs are known in time."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONF = "invmm.conf"
+MACHINE_KEYS = ("hydra", "out", "run_dir", "logger", "trainer", "dry_run", "retry_failed")
+"""Top-level keys that change where and how a run happens, never its results."""
+
+
+def groups() -> dict[str, list[str]]:
+    """Config group -> its options."""
+    found = {}
+    for folder in sorted(files(CONF).iterdir(), key=lambda item: item.name):
+        if folder.is_dir():
+            options = [item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml")]
+            if options:
+                found[folder.name] = sorted(options)
+    return found
+
+
+def jobs(overrides: Sequence[str], *, multirun: bool, faults: list[str]) -> list[list[str]]:
+    """The overrides of each job of a sweep, or of the one job."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except OverrideParseException as error:
+        faults.append(f"{error.override} cannot be read: {_first_line(error)}")
+        return []
+    if multirun:
+        return [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
+    for override in parsed:
+        if override.is_sweep_override():
+            faults.append(
+                f"{override.input_line} names several values; add --multirun to run one job each"
+            )
+    return [list(overrides)] if not faults else []
+
+
+def compose_job(config_name: str, overrides: Sequence[str], faults: list[str]) -> dict[str, Any]:
+    """The resolved config of a job as plain containers; {} if it does not compose.
+
+    Keys that no group knows are let in here, for the check against the classes to find them all.
+    """
+    known = groups()
+    accepted = []
+    for override in overrides:
+        fault = _group_fault(override, known)
+        if fault:
+            faults.append(fault)
+        else:
+            accepted.append(_permissive(override, known))
+    try:
+        with initialize_config_module(CONF, version_base="1.3"):
+            config = compose(config_name, accepted)
+        return plain(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        faults.append(_first_line(error))
+        return {}
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A composed config as plain containers, without Hydra's own node."""
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    container = OmegaConf.to_container(own, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def digest_of(config: Mapping[str, Any]) -> str:
+    """Identifies what a run computes: 12 hex digits over all but the machine-only keys."""
+    identity = {key: value for key, value in config.items() if key not in MACHINE_KEYS}
+    if "measurement" in identity:
+        identity.pop("inversion", None)
+    if "engine" in identity:
+        identity["engine"] = {k: v for k, v in identity["engine"].items() if k != "slots"}
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@contextmanager
+def resolvers() -> Iterator[None]:
+    """Makes ${digest:}, ${run_folder:} and ${sweep_folder:} known to Hydra."""
+
+    def digest(*, _root_: DictConfig) -> str:
+        return digest_of(plain(_root_))
+
+    def run_folder(*, _root_: DictConfig) -> str:
+        return _root_.run_dir or f"{_root_.out}/{digest_of(plain(_root_))}"
+
+    def sweep_folder(*, _root_: DictConfig) -> str:
+        return _root_.run_dir or _root_.out
+
+    for resolver in (digest, run_folder, sweep_folder):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
+    yield
+
+
+def _group_fault(override: str, known: Mapping[str, list[str]]) -> str | None:
+    """Whether an override names an option that its group does not have."""
+    name, _, option = override.lstrip("+").partition("=")
+    options = known.get(name.partition("@")[0])
+    if options is None or option in (*options, "null"):
+        return None
+    near = difflib.get_close_matches(option, options, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{name}={option} is not an option; {hint}There are {', '.join(options)}"
+
+
+def _permissive(override: str, known: Mapping[str, list[str]]) -> str:
+    name = override.lstrip("+").partition("=")[0].partition("@")[0]
+    if override.startswith("~") or name in known or name.partition("/")[0] == "hydra":
+        return override
+    return override if name.startswith("hydra.") else "++" + override.lstrip("+")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

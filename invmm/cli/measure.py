@@ -1,0 +1,90 @@
+"""`invmm`: measures every image of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from invmm.cli.command import Command
+
+if TYPE_CHECKING:
+    from invmm.cli.recipes import MeasureConfig
+
+HELP = """
+invmm tells which images a diffusion model has memorized, and how strongly: it searches the noise
+distribution nearest to the prior whose samples all replicate the image. Lower scores mean more
+memorized.
+
+Examples:
+  invmm experiment=demo                                     the icons of `make demo`
+  invmm model.path=DDPM_FOLDER dataset=folder dataset.path=IMAGES
+  invmm model.path=... dataset=folder dataset.path=... run_dir=results/mine logger=wandb
+  invmm --multirun inversion.check_every=10,50 seed=0,1 model.path=...
+  invmm inversion=paper_ddpm sampler.num_inference_steps=200 model.path=... dry_run=true
+"""
+
+
+def _check(config: Mapping[str, Any], faults: list[str]) -> MeasureConfig | None:
+    from invmm.cli.recipes import check_measure
+
+    return check_measure(config, faults)
+
+
+def _dry_run(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
+    from invmm.cli.recipes import describe_measure
+
+    return describe_measure(recipes, config)
+
+
+def _execute(recipes: MeasureConfig, config: Mapping[str, Any], folder: Path, digest: str) -> int:
+    from invmm.runtime.measure import measure
+    from invmm.runtime.plan import MeasureRun
+
+    return measure(
+        MeasureRun(
+            measurement=recipes.measurement,
+            model=recipes.model,
+            dataset=recipes.dataset,
+            sampler=recipes.sampler,
+            replication=recipes.replication,
+            engine=recipes.engine,
+            trainer=recipes.trainer,
+            logger=recipes.logger,
+            seed=recipes.seed,
+            run_dir=folder,
+            retry_failed=recipes.retry_failed,
+            config=config,
+            digest=digest,
+        )
+    )
+
+
+COMMAND = Command(
+    name="invmm",
+    config_name="measure",
+    groups=(
+        "measurement",
+        "inversion",
+        "model",
+        "dataset",
+        "sampler",
+        "replication",
+        "trainer",
+        "logger",
+        "experiment",
+    ),
+    help=HELP,
+    check=_check,
+    dry_run=_dry_run,
+    execute=_execute,
+)
+
+
+def main() -> None:
+    """Console script."""
+    COMMAND.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The shape of the primary configs, and what must hold between their parts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import yaml
+from annotated_types import Ge, Gt, Lt
+
+from invmm.cli.compose import digest_of
+from invmm.cli.schema import build
+from invmm.data.dataset import DatasetRecipe
+from invmm.diffusion.sampling import Sampler
+from invmm.engine.engine import EngineSettings
+from invmm.engine.protocols import Measurement
+from invmm.models.adapter import ModelInfo, ModelRecipe
+from invmm.models.architectures import TrainableModel
+from invmm.replication.replication import Replication
+from invmm.runtime.loggers import RunLog
+from invmm.runtime.trainer import TrainerSettings
+from invmm.runtime.training import TrainingSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """Everything `invmm` can be told."""
+
+    measurement: Measurement
+    inversion: Measurement
+    model: ModelRecipe
+    dataset: DatasetRecipe
+    sampler: Sampler
+    replication: Replication
+    engine: EngineSettings
+    trainer: TrainerSettings
+    logger: RunLog
+    seed: Annotated[int, Ge(0)]
+    out: str
+    run_dir: str | None
+    retry_failed: bool
+    dry_run: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything `invmm-train` can be told."""
+
+    model: TrainableModel
+    dataset: DatasetRecipe
+    training: TrainingSettings
+    trainer: TrainerSettings
+    seed: Annotated[int, Ge(0)]
+    out: str
+    run_dir: str | None
+    dry_run: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdConfig:
+    """Everything `invmm-threshold` can be told."""
+
+    dataset: DatasetRecipe
+    replication: Replication
+    image_size: Annotated[int, Ge(1)]
+    allowed_rate: Annotated[float, Gt(0), Lt(1)]
+    dry_run: bool
+
+
+def check_measure(config: Mapping[str, Any], faults: list[str]) -> MeasureConfig | None:
+    """Builds the recipes of `invmm` and lists every fault within and between them."""
+    if config.get("measurement") == config.get("inversion"):
+        # One and the same node: name its faults once, by the key that a person types.
+        config = {**config, "measurement": {**config["inversion"]}}
+        inner: list[str] = []
+        recipes = build(MeasureConfig, config, "", inner)
+        faults += [fault for fault in inner if not fault.startswith("measurement.")]
+    else:
+        recipes = build(MeasureConfig, config, "", faults)
+    _check_between(config, faults)
+    return None if faults else recipes
+
+
+def check_train(config: Mapping[str, Any], faults: list[str]) -> TrainConfig | None:
+    """Builds the recipes of `invmm-train` and lists every fault within and between them."""
+    recipes = build(TrainConfig, config, "", faults)
+    model, dataset = config.get("model") or {}, config.get("dataset") or {}
+    _check_size(dataset.get("size"), model.get("image_size"), faults)
+    return None if faults else recipes
+
+
+def check_threshold(config: Mapping[str, Any], faults: list[str]) -> ThresholdConfig | None:
+    """Builds the recipes of `invmm-threshold` and lists every fault."""
+    recipes = build(ThresholdConfig, config, "", faults)
+    return None if faults else recipes
+
+
+def describe_measure(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
+    """What a run would do: config, images, evaluations and memory. Loads no weights."""
+    info = recipes.model.describe()
+    dataset = recipes.dataset.open(info.image_size)
+    cost = recipes.measurement.worst_case(recipes.sampler, recipes.replication)
+    images = len(dataset.entries)
+    weights = "unknown" if info.weight_bytes is None else f"{info.weight_bytes / 2**20:.1f} MiB"
+    problems = [f"data set: {problem}" for problem in dataset.problems]
+    return "\n".join(
+        (
+            yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).strip(),
+            "",
+            *problems,
+            f"config digest: {digest_of(config)}",
+            f"images: {images} of {info.image_size}x{info.image_size} pixels",
+            f"evaluations, at most: {cost.forward * images:,} forward and "
+            f"{cost.backward * images:,} backward rows "
+            f"({cost.forward:,} and {cost.backward:,} an image)",
+            f"memory: {weights} of weights, and the activations of "
+            f"{recipes.engine.rows_denoise} rows with gradients",
+        )
+    )
+
+
+def _check_between(config: Mapping[str, Any], faults: list[str]) -> None:
+    """Faults between the nodes, as far as the nodes can be read."""
+    sampler: Sampler | None = _readable(Sampler, config.get("sampler"))
+    model: ModelRecipe | None = _readable(ModelRecipe, config.get("model"))
+    info: ModelInfo | None = _collect(model.describe, faults) if model else None
+    if info is None or model is None:
+        return
+    _check_size((config.get("dataset") or {}).get("size"), info.image_size, faults)
+    if sampler is not None:
+        _collect(lambda: sampler.check_steps(info.num_train_timesteps), faults)
+        if not faults:  # building the schedule takes a second that a faulty config need not wait
+            _collect(lambda: sampler.check_schedule(model.schedule()), faults)
+
+
+def _check_size(dataset_size: Any, model_size: Any, faults: list[str]) -> None:
+    if isinstance(dataset_size, int) and isinstance(model_size, int) and dataset_size != model_size:
+        faults.append(
+            f"dataset.size={dataset_size} is not the model's {model_size}; use dataset.size=null"
+        )
+
+
+def _readable(expected: Any, node: Any) -> Any:
+    """The object of a node, faulty keys left at their defaults (they are listed elsewhere)."""
+    if not isinstance(node, Mapping):
+        return None
+    faults: list[str] = []
+    built = build(expected, node, "", faults)
+    if built is None:
+        faulty = {re.split(r"[=. ]", fault)[0] for fault in faults}
+        built = build(expected, {k: v for k, v in node.items() if k not in faulty}, "", [])
+    return built
+
+
+def _collect(action: Callable[[], Any], faults: list[str]) -> Any:
+    try:
+        return action()
+    except ValueError as error:
+        faults.append(str(error))
+        return None

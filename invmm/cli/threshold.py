@@ -1,0 +1,84 @@
+"""`invmm-threshold`: calibrates the similarity threshold on the data at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from invmm.cli.command import EXIT_USER_ERROR, Command
+
+if TYPE_CHECKING:
+    from invmm.cli.recipes import ThresholdConfig
+
+HELP = """
+invmm-threshold compares every image of a data set with every other. All are different, so each
+pair that the similarity network calls a replica is a false match: it prints their rate at
+replication.threshold and the threshold that would keep it below allowed_rate.
+
+Examples:
+  invmm-threshold                                           the icons of `make demo`
+  invmm-threshold dataset=folder dataset.path=IMAGES image_size=32
+  invmm-threshold dataset.distinct_threshold=1.0            near-duplicates included
+  invmm-threshold replication=correlation
+  invmm-threshold allowed_rate=0.0001 replication.similarity.size=288
+"""
+
+
+def _check(config: Mapping[str, Any], faults: list[str]) -> ThresholdConfig | None:
+    from invmm.cli.recipes import check_threshold
+
+    return check_threshold(config, faults)
+
+
+def _dry_run(recipes: ThresholdConfig, config: Mapping[str, Any]) -> str:
+    images = len(recipes.dataset.open(recipes.image_size).entries)
+    return f"{images} images, {images * (images - 1) // 2} pairs"
+
+
+def _execute(recipes: ThresholdConfig, config: Mapping[str, Any], folder: Path, digest: str) -> int:
+    import torch
+    from tqdm import tqdm
+
+    from invmm.data.dataset import ImageError
+    from invmm.replication.threshold import false_matches
+
+    dataset = recipes.dataset.open(recipes.image_size)
+    similarity = recipes.replication.similarity.load(torch.device("cpu"))
+    vectors = []
+    for entry in tqdm(dataset.entries, unit="image"):
+        try:
+            vectors.append(similarity.embed(dataset.load(entry).pixels[None]))
+        except ImageError as error:
+            print(f"left out {entry.image_id}: {error}")
+    if len(vectors) < 2:
+        print("invmm-threshold: fewer than two images can be used")
+        return EXIT_USER_ERROR
+    print(
+        false_matches(
+            torch.cat(vectors),
+            threshold=recipes.replication.threshold,
+            allowed_rate=recipes.allowed_rate,
+        )
+    )
+    return 0
+
+
+COMMAND = Command(
+    name="invmm-threshold",
+    config_name="threshold",
+    groups=("dataset", "replication"),
+    help=HELP,
+    check=_check,
+    dry_run=_dry_run,
+    execute=_execute,
+)
+
+
+def main() -> None:
+    """Console script."""
+    COMMAND.main()
+
+
+if __name__ == "__main__":
+    main()

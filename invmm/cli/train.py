@@ -1,0 +1,81 @@
+"""`invmm-train`: trains a model whose training set is known, copies included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from invmm.cli.command import Command
+
+if TYPE_CHECKING:
+    from invmm.cli.recipes import TrainConfig
+
+HELP = """
+invmm-train trains a small diffusion model on images of which some are planted many times, and
+exports it as diffusers folders with the list of what it saw. A run that was stopped goes on.
+
+Examples:
+  invmm-train experiment=demo_model                         the model of `make demo`
+  invmm-train dataset.num_train=128 training.num_steps=4000 run_dir=results/bigger
+  invmm-train dataset=folder dataset.path=IMAGES model.image_size=32
+  invmm-train training.export_steps=[200,400,800] seed=1
+  invmm-train --multirun seed=0,1,2
+"""
+
+
+def _check(config: Mapping[str, Any], faults: list[str]) -> TrainConfig | None:
+    from invmm.cli.recipes import check_train
+
+    return check_train(config, faults)
+
+
+def _dry_run(recipes: TrainConfig, config: Mapping[str, Any]) -> str:
+    import yaml
+
+    images = recipes.dataset.open(recipes.model.image_size).training_entries()
+    shown = sum(entry.copies or 0 for entry in images)
+    return "\n".join(
+        (
+            yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True),
+            f"training images: {len(images)}, {shown} with copies",
+            f"steps: {recipes.training.num_steps} of batch {recipes.training.batch_size}",
+        )
+    )
+
+
+def _execute(recipes: TrainConfig, config: Mapping[str, Any], folder: Path, digest: str) -> int:
+    from invmm.runtime.train import TrainRun, train
+
+    return train(
+        TrainRun(
+            model=recipes.model,
+            dataset=recipes.dataset,
+            training=recipes.training,
+            trainer=recipes.trainer,
+            seed=recipes.seed,
+            run_dir=folder,
+            config=config,
+            digest=digest,
+        )
+    )
+
+
+COMMAND = Command(
+    name="invmm-train",
+    config_name="train",
+    groups=("model", "dataset", "training", "trainer", "experiment"),
+    help=HELP,
+    check=_check,
+    dry_run=_dry_run,
+    execute=_execute,
+)
+
+
+def main() -> None:
+    """Console script."""
+    COMMAND.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""`trainer.fit` trains: a small diffusion model whose training set is known, copies included."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar, WeightAveraging
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor
+
+from invmm.data.dataset import DatasetRecipe
+from invmm.data.manifest import TrainingManifest
+from invmm.models.architectures import TrainableModel
+from invmm.results.run_folder import RunFolder
+from invmm.runtime.signals import Interrupted, interruptible, raise_on_signals
+from invmm.runtime.trainer import TrainerSettings
+from invmm.runtime.training import TrainingSettings
+from invmm.runtime.training_data import TrainingImages, read_training_set
+
+FINAL = "final"
+MANIFEST = "training_manifest.json"
+_LOG_EVERY = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRun:
+    """The recipes of a training.
+
+    Attributes:
+        model: architecture and noise schedule.
+        dataset: images and copies.
+        training: hyperparameters.
+        trainer: devices.
+        seed: of weights, batches and noises.
+        run_dir: exports, checkpoints and the loss curve go here.
+        config: the resolved config.
+        digest: identifies it.
+    """
+
+    model: TrainableModel
+    dataset: DatasetRecipe
+    training: TrainingSettings
+    trainer: TrainerSettings
+    seed: int
+    run_dir: Path
+    config: Mapping[str, Any]
+    digest: str
+
+
+def train(run: TrainRun) -> int:
+    """Trains, or goes on training, and exports diffusers folders.
+
+    Returns:
+        The exit code: 0 done; 130 or 143 interrupted by a signal.
+
+    Raises:
+        ValueError: the folder belongs to another config, or the data set cannot be used.
+    """
+    if run.trainer.devices > 1 and run.training.batch_size % run.trainer.devices:
+        raise ValueError(
+            f"training.batch_size={run.training.batch_size} cannot be shared out over "
+            f"trainer.devices={run.trainer.devices}; use a multiple"
+        )
+    with RunFolder.open(run.run_dir, config=run.config, digest=run.digest) as folder:
+        if (folder.path / FINAL).exists():
+            print(f"already trained: {folder.path / FINAL}")
+            return 0
+        dataset = run.dataset.open(run.model.image_size)
+        source = getattr(dataset, "source", "")
+        images, manifest = read_training_set(dataset, source, run.seed)
+        torch.set_num_threads(run.trainer.num_threads)
+        pl.seed_everything(run.seed, verbose=False)
+        unet, scheduler = run.model.build()
+        module = TrainModule(unet, scheduler, run.training, images)
+        try:
+            with interruptible():
+                _fit(module, run, manifest)
+        except Interrupted as signal:
+            print(
+                f"stopped by {signal}; the same command goes on from the last checkpoint",
+                file=sys.stderr,
+            )
+            return signal.exit_code
+        print(f"trained: {folder.path / FINAL}")
+    return 0
+
+
+class TrainModule(pl.LightningModule):
+    """Noise prediction as in DDPM; the batch of a step is a function of seed and step.
+
+    Args:
+        unet: network with a `.sample` output.
+        scheduler: diffusers scheduler of the forward process.
+        settings: hyperparameters.
+        images: the training set.
+    """
+
+    def __init__(
+        self, unet: Any, scheduler: Any, settings: TrainingSettings, images: TrainingImages
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        self.scheduler = scheduler
+        self.settings = settings
+        self.images = images
+
+    def on_fit_start(self) -> None:
+        """Takes the signals back from Lightning, in every process."""
+        raise_on_signals()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of this process's share of the step's batch; `batch` is a placeholder."""
+        whole = self.images.batch(
+            self.global_step,
+            self.settings.batch_size,
+            num_timesteps=self.scheduler.config.num_train_timesteps,
+            mirror=self.settings.horizontal_flip,
+        )
+        share = slice(self.trainer.global_rank, None, self.trainer.world_size)
+        pixels, noise, timesteps = (
+            value[share].to(self.device) for value in (whole.pixels, whole.noise, whole.timesteps)
+        )
+        noisy = self.scheduler.add_noise(pixels, noise, timesteps)
+        output = self.unet(noisy, timesteps).sample
+        match self.scheduler.config.prediction_type:
+            case "epsilon":
+                wanted = noise
+            case "v_prediction":
+                wanted = self.scheduler.get_velocity(pixels, noise, timesteps)
+            case _:
+                wanted = pixels
+        loss = F.mse_loss(output, wanted)
+        if (self.global_step + 1) % _LOG_EVERY == 0:
+            self.log("loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser and a learning rate per step."""
+        settings = self.settings
+        if settings.optimizer == "adamw":
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                self.unet.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
+            )
+        else:
+            optimizer = torch.optim.Adam(self.unet.parameters(), settings.learning_rate)
+        from diffusers.optimization import get_scheduler
+
+        name = "constant_with_warmup" if settings.lr_schedule == "constant" else "cosine"
+        schedule = get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=settings.warmup_steps,
+            num_training_steps=settings.num_steps,
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class AveragedWeights(WeightAveraging):
+    """Exponential moving average whose decay rises from the start, so short runs profit too."""
+
+    def __init__(self, decay: float) -> None:
+        def average(averaged: list[Tensor], current: list[Tensor], num_averaged: Any) -> None:
+            step = float(num_averaged)
+            torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + step) / (10 + step)))
+
+        super().__init__(use_buffers=False, multi_avg_fn=average)
+
+    def averaged_unet(self) -> Any:
+        """The network with the averaged weights."""
+        assert self._average_model is not None
+        return self._average_model.module.unet
+
+
+class Export(pl.Callback):
+    """Writes diffusers folders at the chosen steps; stands after the averaging in the list."""
+
+    def __init__(
+        self, run: TrainRun, averaged: AveragedWeights, manifest: TrainingManifest
+    ) -> None:
+        self.run, self.averaged, self.manifest = run, averaged, manifest
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        """Exports if this step is one to export."""
+        step, last = trainer.global_step, self.run.training.num_steps
+        if step in (*self.run.training.export_steps, last) and trainer.is_global_zero:
+            assert isinstance(pl_module, TrainModule)
+            name = f"step_{step:06d}"
+            self._export(self.run.run_dir / name, pl_module.scheduler)
+            if step == last:
+                self._link(name)
+
+    def _export(self, folder: Path, scheduler: Any) -> None:
+        """Whole or not at all."""
+        from diffusers import DDPMPipeline
+
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        DDPMPipeline(self.averaged.averaged_unet(), scheduler).save_pretrained(temporary)
+        self.manifest.write(temporary / MANIFEST)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+
+    def _link(self, name: str) -> None:
+        link = self.run.run_dir / f".{FINAL}.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+        os.replace(link, self.run.run_dir / FINAL)
+
+
+class _Steps:
+    """A loader of placeholders: each process makes its batches from the step's number."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self._count))
+
+
+def _fit(module: TrainModule, run: TrainRun, manifest: TrainingManifest) -> None:
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    checkpoints = run.run_dir / "checkpoints"
+    averaged = AveragedWeights(run.training.ema_decay)
+    trainer = pl.Trainer(
+        accelerator=run.trainer.accelerator,
+        devices=run.trainer.devices,
+        strategy="ddp_spawn" if run.trainer.devices > 1 else "auto",
+        max_steps=run.training.num_steps,
+        gradient_clip_val=run.training.gradient_clip,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        log_every_n_steps=_LOG_EVERY,
+        logger=CSVLogger(run.run_dir, name="log"),
+        callbacks=[
+            averaged,
+            Export(run, averaged, manifest),
+            TQDMProgressBar(refresh_rate=10),
+            ModelCheckpoint(
+                dirpath=checkpoints,
+                filename="{step:08d}",
+                monitor="step",
+                mode="max",
+                save_top_k=2,
+                every_n_train_steps=run.training.checkpoint_every,
+                enable_version_counter=False,
+            ),
+        ],
+    )
+    trainer.fit(module, _Steps(run.training.num_steps), ckpt_path=_newest(checkpoints))
+
+
+def _newest(checkpoints: Path) -> str | None:
+    """The last checkpoint that is whole; one that a kill cut short is removed."""
+    for path in sorted(checkpoints.glob("*.ckpt"), reverse=True):
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:  # whatever a truncated file makes torch raise
+            print(f"damaged and removed: {path}", file=sys.stderr)
+            path.unlink()
+            continue
+        return str(path)
+    return None
