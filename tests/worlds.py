@@ -102,7 +102,9 @@ class Direction:
 def make_target(network: PixelWorld, seed: int = 0) -> Target:
     """A random image in the range of pixels."""
     generator = torch.Generator().manual_seed(seed)
-    pixels = torch.rand(network.latent_shape, generator=generator) * 2 - 1
+    channels, height, width = network.latent_shape
+    # In the memory format of decoded images, which must not reach the kernels.
+    pixels = (torch.rand((height, width, channels), generator=generator) * 2 - 1).permute(2, 0, 1)
     return Target(
         image_id=f"image-{seed}",
         pixels=pixels,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from invmm.analysis.statistics import image_groups
-from invmm.analysis.style import COLOURS, LABELS, save_figure, style
+from invmm.analysis.style import COLOURS, LABELS, one_line, save_figure, style
 from invmm.results.collect import ranked
 from invmm.results.records import read_pictures
 
@@ -23,6 +23,7 @@ MAX_GALLERY_SAMPLES = 8
 def gallery(run_dir: Path, frame: pd.DataFrame) -> Path:
     """gallery.png: each image beside its closest samples, most memorized first."""
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
 
     shown = ranked(frame.loc[frame.num_samples > 0]).head(MAX_GALLERY_ROWS)
     columns = 1 + int(min(shown.num_samples.max() if len(shown) else 0, MAX_GALLERY_SAMPLES))
@@ -30,7 +31,7 @@ def gallery(run_dir: Path, frame: pd.DataFrame) -> Path:
         figure, axes = plt.subplots(
             max(len(shown), 1),
             columns,
-            figsize=(4.2 + 0.95 * columns, 0.6 + 1.0 * max(len(shown), 1)),
+            figsize=(columns, 0.6 + max(len(shown), 1)),
             squeeze=False,
         )
         for axis in axes.flat:
@@ -42,6 +43,12 @@ def gallery(run_dir: Path, frame: pd.DataFrame) -> Path:
         rest = f" ({left_out} more in scores.csv)" if left_out else ""
         title = "image, then its closest samples" if len(shown) else "no image was sampled"
         figure.suptitle(f"{title}{rest}", x=0.02, ha="left", y=1.0)
+        figure.legend(
+            handles=[Patch(color=COLOURS[g], label=LABELS[g]) for g in COLOURS if g in groups],
+            loc="upper left",
+            bbox_to_anchor=(0.0, 0.1),
+            frameon=False,
+        )
         save_figure(figure, run_dir / "gallery.png")
     return run_dir / "gallery.png"
 
@@ -59,16 +66,18 @@ def score_histogram(run_dir: Path, frame: pd.DataFrame) -> Path:
             1, 2, figsize=(6.4, 2.8), width_ratios=[5, 1], sharey=True
         )
         present = [group for group in COLOURS if (groups == group).any()]
-        axis.hist(
-            [frame.score[replicated & (groups == group)].to_numpy() for group in present],
-            bins=edges.tolist(),
-            stacked=True,
-            color=[COLOURS[group] for group in present],
-            label=[LABELS[group] for group in present],
-        )
+        if present:
+            axis.hist(
+                [frame.score[replicated & (groups == group)].to_numpy() for group in present],
+                bins=edges.tolist(),
+                stacked=True,
+                color=[COLOURS[group] for group in present],
+                label=[LABELS[group] for group in present],
+            )
+            axis.legend(frameon=False)
         axis.set_xlabel("InvMM, nats per latent dimension (lower: more memorized)")
         axis.set_ylabel("images")
-        axis.legend(frameon=False)
+        axis.yaxis.get_major_locator().set_params(integer=True)
         bottom = 0
         for group in present:
             count = int(((frame.status == "NOT_REPLICATED") & (groups == group)).sum())
@@ -85,12 +94,14 @@ def _gallery_row(row: np.ndarray, run_dir: Path, record: pd.Series, group: str) 
         axis.imshow(picture, interpolation="nearest" if len(picture) < 128 else "antialiased")
     _frame(row[0], COLOURS[group])
     name = record.image_id if record.caption is None or record.isna().caption else record.caption
-    score = f"score {record.score:.3f}" if record.status == "REPLICATED" else "not replicated"
+    status = record.status.lower().replace("_", " ")
+    score = f", score {record.score:.3f}" if record.status == "REPLICATED" else ""
     copies = "" if record.isna().copies else f", {record.copies}x in training"
     row[0].text(
         -0.15,
         0.5,
-        f"{str(name)[:34]}{copies}\n{score}, similarity {record.best_similarity:.2f}",
+        f"{one_line(name, 34)}{copies}\n{status}{score}, similarity {record.best_similarity:.2f}",
+        parse_math=False,
         transform=row[0].transAxes,
         ha="right",
         va="center",

@@ -7,11 +7,13 @@ from pathlib import Path
 from invmm.analysis.pictures import gallery, score_histogram
 from invmm.analysis.table import summary, table
 from invmm.results.collect import collect
+from invmm.results.records import damaged_records
 
 
 def report(run_dir: Path) -> str:
     """Collects the records, draws the pictures, and returns the table and summary as text."""
     frame = collect(run_dir)
     pictures = [gallery(run_dir, frame), score_histogram(run_dir, frame)]
+    damaged = [f"left out, cannot be read: {path}" for path in damaged_records(run_dir)]
     files = ", ".join(str(path) for path in (run_dir / "scores.parquet", *pictures))
-    return "\n".join(("", table(frame), "", summary(frame), f"written: {files}"))
+    return "\n".join(("", table(frame), "", summary(frame), *damaged, f"written: {files}"))

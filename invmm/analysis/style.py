@@ -25,6 +25,12 @@ LABELS = {
 }
 
 
+def one_line(text: str, width: int) -> str:
+    """A caption or id of any origin, printable and at most `width` characters."""
+    printable = "".join(char if char.isprintable() else "?" for char in text)
+    return printable if len(printable) <= width else printable[: width - 3] + "..."
+
+
 @contextmanager
 def style() -> Iterator[None]:
     """Matplotlib without a screen, in the project's style."""

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from invmm.analysis.statistics import auroc, image_groups, memorization_order, proportion
+from invmm.analysis.statistics import (
+    auroc,
+    image_groups,
+    memorization_order,
+    proportion,
+    tpr_at_fpr,
+)
+from invmm.analysis.style import one_line
 from invmm.results.collect import ranked
 
 if TYPE_CHECKING:
@@ -12,6 +19,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 40
 _NAME_WIDTH = 34
+_ERROR_WIDTH = 300
 
 
 def table(frame: pd.DataFrame) -> str:
@@ -25,7 +33,7 @@ def table(frame: pd.DataFrame) -> str:
         empty = row.isna()
         name = row.image_id if empty.caption else f"{row.caption} ({row.image_id})"
         lines.append(
-            f"{_shortened(name):{_NAME_WIDTH}} {'' if empty.copies else row.copies:>6} "
+            f"{one_line(name, _NAME_WIDTH):{_NAME_WIDTH}} {'' if empty.copies else row.copies:>6} "
             f"{row.status:14} {_number(row.score, 3):>7} {_number(row.score_nats, 1):>8} "
             f"{_number(row.best_similarity, 2):>10} {row.steps:>6} "
             f"{row.evaluations_forward + row.evaluations_backward:>11}"
@@ -50,19 +58,22 @@ def summary(frame: pd.DataFrame) -> str:
     for tie_break in (True, False):
         order = memorization_order(frame.loc[measured], tie_break=tie_break)
         of_measured = groups.loc[measured].to_numpy()
-        value = auroc(order[of_measured == "duplicated"], order[of_measured == "held_out"])
+        duplicated, held_out = order[of_measured == "duplicated"], order[of_measured == "held_out"]
+        value = auroc(duplicated, held_out)
         if value is not None:
             how = "score, ties broken by best similarity" if tie_break else "score alone"
-            lines.append(f"AUROC duplicated against held_out, {how}: {value:.3f}")
-    for _, row in frame[~measured].iterrows():
-        lines.append(f"{row.status} {row.image_id}: {row.error}")
+            lines.append(
+                f"AUROC duplicated against held_out, {how}: {value:.3f} "
+                f"(true positives at <= 1 % false ones: {tpr_at_fpr(duplicated, held_out):.0%})"
+            )
+    unmeasured = frame[~measured]
+    for _, row in unmeasured.head(MAX_ROWS).iterrows():
+        name, error = one_line(row.image_id, _NAME_WIDTH), one_line(str(row.error), _ERROR_WIDTH)
+        lines.append(f"{row.status} {name}: {error}")
+    if len(unmeasured) > MAX_ROWS:
+        lines.append(f"... and {len(unmeasured) - MAX_ROWS} more without a result in scores.csv")
     return "\n".join(lines)
 
 
 def _number(value: float, digits: int) -> str:
     return "" if value != value else f"{value:.{digits}f}"
-
-
-def _shortened(name: str) -> str:
-    printable = "".join(char if char.isprintable() else "?" for char in name)
-    return printable if len(printable) <= _NAME_WIDTH else printable[: _NAME_WIDTH - 3] + "..."

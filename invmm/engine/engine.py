@@ -327,6 +327,8 @@ def _in_calls(
             torch.cat([tensor, tensor[:1].detach().expand(padding, *tensor.shape[1:])])
             for tensor in inputs
         ]
+    # Kernels are chosen by memory format, which cat takes from its inputs: one format for all.
+    inputs = [tensor.contiguous() for tensor in inputs]
     calls = zip(*(tensor.split(rows) for tensor in inputs), strict=True)
     outputs = torch.cat([function(*call) for call in calls])
     return list(outputs.split([*sizes, padding])[: len(sizes)])

@@ -56,6 +56,11 @@ class UNet:
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
+        if not levels or min(self.block_out_channels) < 1:
+            raise ValueError(
+                f"model.block_out_channels={self.block_out_channels} is no network; give the width "
+                "of each level, such as [32, 64, 64]"
+            )
         if any(width % self.norm_num_groups for width in self.block_out_channels):
             raise ValueError(
                 f"model.norm_num_groups={self.norm_num_groups} does not divide every one of "
@@ -65,6 +70,18 @@ class UNet:
             raise ValueError(
                 f"model.attention_levels={self.attention_levels} names a level that is not there; "
                 f"use 0 to {levels - 1}"
+            )
+        # The block between down and up attends at the last width.
+        attending = [self.block_out_channels[level] for level in (*self.attention_levels, -1)]
+        if any(width % self.attention_head_dim for width in attending):
+            raise ValueError(
+                f"model.attention_head_dim={self.attention_head_dim} does not divide the widths "
+                f"with attention, {sorted(set(attending))}; use a common divisor"
+            )
+        if self.beta_start > self.beta_end:
+            raise ValueError(
+                f"model.beta_start={self.beta_start} exceeds model.beta_end={self.beta_end}; the "
+                "noise must grow"
             )
         if self.image_size % 2 ** (levels - 1):
             raise ValueError(

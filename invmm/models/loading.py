@@ -13,13 +13,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PIPELINES = {
-    "DDPMPipeline": ("unet", "scheduler"),
-    "DDIMPipeline": ("unet", "scheduler"),
-}
-"""Pipelines that hold a pixel U-Net, with their components."""
+PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+"""Pipelines that hold a pixel U-Net."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+COMPONENTS: Mapping[str, tuple[str, ...]] = {
+    "unet": ("UNet2DModel",),
+    "scheduler": (
+        "DDPMScheduler",
+        "DDIMScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    ),
+}
+"""Their parts, and the classes whose config means a schedule of betas and a plain U-Net."""
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _MAX_JSON_BYTES = 1 << 20
 
 
@@ -88,9 +103,12 @@ def open_folder(
                 f"model.path={path} holds a {name}; supported are {', '.join(PIPELINES)} and a "
                 "bare UNet2DModel folder"
             )
-        _check_components(path, index, PIPELINES[name])
-        unet, scheduler = folder / "unet", folder / "scheduler" / "scheduler_config.json"
-        scheduler_config = _read_json(scheduler)
+        _check_components(path, index)
+        # Old repositories keep the parts side by side, as diffusers still accepts.
+        unet, scheduler = (
+            folder / name if (folder / name).is_dir() else folder for name in COMPONENTS
+        )
+        scheduler_config = _read_json(scheduler / "scheduler_config.json")
     elif (folder / "config.json").is_file():
         unet, scheduler_config = folder, None
     else:
@@ -131,8 +149,11 @@ def load_unet(folder: ModelFolder, *, variant: str | None, dtype: Any) -> Any:
             output_loading_info=True,
             low_cpu_mem_usage=False,
         )
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"model.path={folder.path} cannot be loaded: {error}") from error
+    except Exception as error:  # whatever a foreign config makes the constructors raise
+        reason = " ".join(str(error).split())[:400]
+        raise ValueError(
+            f"model.path={folder.path} cannot be loaded ({reason}); export the model again"
+        ) from error
     unet, info = loaded
     faults = [
         f"{kind.removesuffix('_keys')} {', '.join(map(str, list(info[kind])[:3]))}"
@@ -149,19 +170,17 @@ def load_unet(folder: ModelFolder, *, variant: str | None, dtype: Any) -> Any:
     return unet
 
 
-def _check_components(path: str, index: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
-    for name, value in index.items():
-        if name.startswith("_"):
-            continue
-        if name not in allowed:
+def _check_components(path: str, index: Mapping[str, Any]) -> None:
+    for name in [name for name in index if not name.startswith("_")] + list(COMPONENTS):
+        if name not in COMPONENTS:
             raise ValueError(
                 f"model.path={path} names the component {name!r} in model_index.json; expected "
-                f"are {', '.join(allowed)}"
+                f"are {' and '.join(COMPONENTS)}"
             )
-        if not (isinstance(value, list) and value and value[0] == "diffusers"):
+        if index.get(name) not in [["diffusers", known] for known in COMPONENTS[name]]:
             raise ValueError(
-                f"model.path={path} wants the component {name!r} from {value!r}; only classes of "
-                "diffusers are loaded, no code from elsewhere"
+                f"model.path={path} wants its {name} to be {index.get(name)!r}; supported are "
+                f"diffusers' {', '.join(COMPONENTS[name])}"
             )
 
 
@@ -172,7 +191,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; save the model again by save_pretrained") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from invmm.data.files import file_sha256
-from invmm.diffusion.schedule import NoiseSchedule
+from invmm.diffusion.schedule import TRAINED_KEYS, NoiseSchedule
 from invmm.engine.requests import Condition
 from invmm.models.adapter import ModelInfo
-from invmm.models.loading import ModelFolder, load_unet, open_folder
+from invmm.models.loading import PIPELINES, ModelFolder, load_unet, open_folder
 
 _LUMINANCE = (0.299, 0.587, 0.114)
 
@@ -29,6 +29,9 @@ class PixelUNet:
         variant: of the weight files, for example fp16.
         revision: of a hub repository.
         dtype: of the weights; losses and the noise distribution stay in float32.
+
+    Raises:
+        ValueError: a key of the noise schedule that means nothing.
     """
 
     path: str
@@ -36,6 +39,13 @@ class PixelUNet:
     variant: str | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if unknown := sorted({*(self.noise_schedule or ())} - {*TRAINED_KEYS}):
+            raise ValueError(
+                f"model.noise_schedule has no key {', '.join(unknown)}; its keys are "
+                f"{', '.join(TRAINED_KEYS)}"
+            )
 
     def describe(self) -> ModelInfo:
         """Reads JSON only; see `ModelRecipe`."""
@@ -55,7 +65,13 @@ class PixelUNet:
 
     def schedule(self) -> NoiseSchedule:
         """See `ModelRecipe`."""
-        return NoiseSchedule.from_config(self._trained(self._folder(weights=False)))
+        trained = self._trained(self._folder(weights=False))
+        try:
+            return NoiseSchedule.from_config(trained)
+        except Exception as error:  # whatever foreign values make the constructor raise
+            raise ValueError(
+                f"the noise schedule of {self._source} is unusable: {error}"
+            ) from error
 
     def load(self, device: torch.device) -> PixelNetwork:
         """Loads, freezes and moves the network; see `ModelRecipe`."""
@@ -84,7 +100,14 @@ class PixelUNet:
                 "'model.noise_schedule={num_train_timesteps: 1000, beta_schedule: linear, "
                 "beta_start: 1e-4, beta_end: 0.02, prediction_type: epsilon}' as it was trained"
             )
+        count = trained.get("num_train_timesteps", 1000)
+        if type(count) is not int or count < 1:
+            raise ValueError(f"{self._source} has num_train_timesteps={count!r}; use 1 or more")
         return trained
+
+    @property
+    def _source(self) -> str:
+        return "model.noise_schedule" if self.noise_schedule else f"model.path={self.path}"
 
 
 class PixelNetwork:
@@ -104,7 +127,13 @@ class PixelNetwork:
 
     @classmethod
     def from_pipeline(cls, pipeline: Any) -> PixelNetwork:
-        """Wraps a DDPMPipeline or DDIMPipeline object; its U-Net is frozen in place."""
+        """Wraps a DDPMPipeline or DDIMPipeline object; its U-Net is frozen in place.
+
+        Raises:
+            ValueError: another pipeline; its latents may not be pixels.
+        """
+        if (name := type(pipeline).__name__) not in PIPELINES:
+            raise ValueError(f"a {name} is not supported; give a {' or '.join(PIPELINES)}")
         schedule = NoiseSchedule.from_config(pipeline.scheduler.config)
         return cls(pipeline.unet, schedule, pipeline.unet.device)
 
@@ -134,7 +163,7 @@ def _latent_shape(path: str, config: Mapping[str, Any]) -> tuple[int, int, int]:
     size, channels = config.get("sample_size"), config.get("in_channels", 3)
     if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
-    if not isinstance(size, int):
+    if type(size) is not int or size < 1:
         raise ValueError(
             f"model {path} has sample_size={size} in its config.json; a square integer is needed"
         )

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor
 
+# one 8-bit step of one pixel has a norm of 8e-3, the rounding of a constant image about 1e-5
+_CONSTANT = 1e-3
+
 
 @dataclass(frozen=True, kw_only=True)
 class PixelCorrelation:
@@ -31,8 +34,10 @@ class PixelCorrelation:
         """(B, 3, H, W) pixels -> (B, 3 * H * W) unit-norm embeddings."""
         if self.size is not None:
             pixels = resize(pixels, self.size)
-        flat = pixels.flatten(1)
-        return F.normalize(flat - flat.mean(1, keepdim=True), dim=1)
+        flat = pixels.float().flatten(1)
+        centred = flat - flat.mean(1, keepdim=True)
+        norm = centred.norm(dim=1, keepdim=True)
+        return torch.where(norm > _CONSTANT, centred / norm, 0.0)
 
     def identity(self) -> dict[str, str | int]:
         """See `SimilarityRecipe`."""

@@ -41,7 +41,7 @@ class SscdOnnx:
     def identity(self) -> dict[str, str | int]:
         """See `SimilarityRecipe`."""
         return {
-            "name": "sscd_disc_mixup_int8",
+            "name": "sscd_disc_mixup_int8" if self.path is None else Path(self.path).name,
             "sha256": file_sha256(self._file()),
             "size": self.size,
             "normalisation": "inside the network",
@@ -79,6 +79,7 @@ class SscdOnnxNetwork:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        options.use_deterministic_compute = True
         self._session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )

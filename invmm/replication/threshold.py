@@ -25,7 +25,8 @@ class ThresholdReport:
         interval: Clopper-Pearson 95 %, as if pairs were independent.
         images_with_false: share of the images that have any other at or above the threshold.
         allowed_rate: the rate asked for.
-        proposed: the smallest threshold (in steps of 0.0005) whose rate is at most that.
+        proposed: the smallest threshold (in steps of 0.0005) whose rate is at most that; None if
+            there is none, because too many pairs are identical.
     """
 
     threshold: float
@@ -36,18 +37,22 @@ class ThresholdReport:
     interval: tuple[float, float]
     images_with_false: float
     allowed_rate: float
-    proposed: float
+    proposed: float | None
 
     def __str__(self) -> str:
         low, high = self.interval
+        advice = (
+            "no threshold gives"
+            if self.proposed is None
+            else f"replication.threshold={self.proposed:g} is the smallest that gives"
+        )
         return "\n".join(
             (
                 f"{self.num_images} images, {self.num_pairs} pairs of different ones",
                 f"threshold {self.threshold:g}: {self.num_false} pairs match falsely, "
                 f"{self.rate:.3%} (95 % interval {low:.3%} to {high:.3%})",
                 f"{self.images_with_false:.1%} of the images have at least one false match",
-                f"for a false-match rate of at most {self.allowed_rate:g} use "
-                f"replication.threshold={self.proposed:g}",
+                f"{advice} a false-match rate of at most {self.allowed_rate:g}",
             )
         )
 
@@ -75,7 +80,8 @@ def false_matches(
     num_false = 0
     for start in range(0, n, _BLOCK):
         for other in range(start, n, _BLOCK):
-            similarity = embeddings[start : start + _BLOCK] @ embeddings[other : other + _BLOCK].T
+            rows, columns = embeddings[start : start + _BLOCK], embeddings[other : other + _BLOCK]
+            similarity = (rows @ columns.T).double()
             different = torch.ones_like(similarity, dtype=torch.bool)
             if other == start:
                 different = different.triu(diagonal=1)
@@ -88,11 +94,7 @@ def false_matches(
     num_pairs = math.comb(n, 2)
     interval = binomtest(num_false, num_pairs).proportion_ci(0.95, method="exact")
     at_or_above = histogram.flip(0).cumsum(0).flip(0)
-    first = (
-        int((at_or_above <= allowed_rate * num_pairs).nonzero()[0])
-        if (at_or_above[-1] <= allowed_rate * num_pairs)
-        else _BINS
-    )
+    allowed = (at_or_above <= allowed_rate * num_pairs).nonzero()
     return ThresholdReport(
         threshold=threshold,
         num_images=n,
@@ -102,5 +104,5 @@ def false_matches(
         interval=(interval.low, interval.high),
         images_with_false=matched.float().mean().item(),
         allowed_rate=allowed_rate,
-        proposed=first * 2 / _BINS - 1,
+        proposed=int(allowed[0]) * 2 / _BINS - 1 if len(allowed) else None,
     )

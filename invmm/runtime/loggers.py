@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,9 @@ class TensorBoardLog:
                 "logger=tensorboard needs the package tensorboard; install it by "
                 "`pip install 'invmm[tensorboard]'`"
             ) from None
-        with SummaryWriter(str(run_dir / "tensorboard")) as writer:
+        place = run_dir / "tensorboard"
+        shutil.rmtree(place, ignore_errors=True)  # a rerun shows all records anew, not twice
+        with SummaryWriter(str(place)) as writer:
             for record, name, steps, values in _curves(run_dir):
                 for step, value in zip(steps, values, strict=True):
                     writer.add_scalar(f"{name}/{record['image_id']}", value, int(step))
@@ -73,14 +76,15 @@ class WandbLog:
 
     Attributes:
         project: of the run.
-        mode: offline writes below run_dir/wandb, to be sent later by `wandb sync`.
+        mode: offline writes below run_dir/wandb, to be sent later by `wandb sync`; null follows
+            the environment variable WANDB_MODE, or is online without it.
         group: runs of one study share it.
         name: of the run; null takes the folder's.
         tags: of the run.
     """
 
     project: str = "invmm"
-    mode: Literal["online", "offline", "disabled"] = "online"
+    mode: Literal["online", "offline", "disabled"] | None = None
     group: str | None = None
     name: str | None = None
     tags: list[str] | None = None
@@ -89,7 +93,7 @@ class WandbLog:
         """See `RunLog`.
 
         Raises:
-            ValueError: the package wandb is missing.
+            ValueError: the package wandb is missing, or nobody is logged in.
         """
         try:
             import wandb
@@ -97,15 +101,21 @@ class WandbLog:
             raise ValueError(
                 "logger=wandb needs the package wandb; install it by `pip install 'invmm[wandb]'`"
             ) from None
-        run = wandb.init(
-            project=self.project,
-            mode=self.mode,
-            group=self.group,
-            name=self.name or run_dir.name,
-            tags=self.tags,
-            dir=str(run_dir),
-            config=dict(config),
-        )
+        try:
+            run = wandb.init(
+                project=self.project,
+                mode=self.mode,
+                group=self.group,
+                name=self.name or run_dir.name,
+                tags=self.tags,
+                dir=str(run_dir),
+                config=dict(config),
+            )
+        except wandb.Error as error:
+            raise ValueError(
+                f"logger=wandb cannot start a run ({str(error).splitlines()[0]}); the records are "
+                "safe. Run `wandb login` or set logger.mode=offline and repeat the command"
+            ) from error
         try:
             frame = _scores(run_dir)
             table = wandb.Table(dataframe=frame.astype(object).where(frame.notna(), None))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,9 +13,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar, WeightAveraging
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from invmm.data.dataset import DatasetRecipe
 from invmm.data.manifest import TrainingManifest
@@ -27,9 +26,9 @@ from invmm.runtime.signals import Interrupted, interruptible, raise_on_signals
 from invmm.runtime.trainer import TrainerSettings
 from invmm.runtime.training import TrainingSettings
 from invmm.runtime.training_data import TrainingImages, read_training_set
+from invmm.runtime.training_export import FINAL, AveragedWeights, Export
 
-FINAL = "final"
-MANIFEST = "training_manifest.json"
+EXIT_DONE, EXIT_INCOMPLETE = 0, 3
 _LOG_EVERY = 50
 
 
@@ -62,7 +61,7 @@ def train(run: TrainRun) -> int:
     """Trains, or goes on training, and exports diffusers folders.
 
     Returns:
-        The exit code: 0 done; 130 or 143 interrupted by a signal.
+        The exit code: 0 done; 3 a process died; 130 or 143 interrupted by a signal.
 
     Raises:
         ValueError: the folder belongs to another config, or the data set cannot be used.
@@ -75,25 +74,25 @@ def train(run: TrainRun) -> int:
     with RunFolder.open(run.run_dir, config=run.config, digest=run.digest) as folder:
         if (folder.path / FINAL).exists():
             print(f"already trained: {folder.path / FINAL}")
-            return 0
+            return EXIT_DONE
         dataset = run.dataset.open(run.model.image_size)
         source = getattr(dataset, "source", "")
         images, manifest = read_training_set(dataset, source, run.seed)
-        torch.set_num_threads(run.trainer.num_threads)
         pl.seed_everything(run.seed, verbose=False)
         unet, scheduler = run.model.build()
-        module = TrainModule(unet, scheduler, run.training, images)
+        exit_code, reason = EXIT_INCOMPLETE, "a process ended early"
         try:
             with interruptible():
-                _fit(module, run, manifest)
+                _fit(TrainModule(unet, scheduler, run, images), run, manifest)
         except Interrupted as signal:
-            print(
-                f"stopped by {signal}; the same command goes on from the last checkpoint",
-                file=sys.stderr,
-            )
-            return signal.exit_code
+            exit_code, reason = signal.exit_code, f"stopped by {signal}"
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            reason = f"a worker died: {str(error).strip().splitlines()[-1]}"
+        if not (folder.path / FINAL).exists():
+            print(f"{reason}; the same command goes on from the last checkpoint", file=sys.stderr)
+            return exit_code
         print(f"trained: {folder.path / FINAL}")
-    return 0
+    return EXIT_DONE
 
 
 class TrainModule(pl.LightningModule):
@@ -102,22 +101,22 @@ class TrainModule(pl.LightningModule):
     Args:
         unet: network with a `.sample` output.
         scheduler: diffusers scheduler of the forward process.
-        settings: hyperparameters.
+        run: hyperparameters and threads.
         images: the training set.
     """
 
-    def __init__(
-        self, unet: Any, scheduler: Any, settings: TrainingSettings, images: TrainingImages
-    ) -> None:
+    def __init__(self, unet: Any, scheduler: Any, run: TrainRun, images: TrainingImages) -> None:
         super().__init__()
         self.unet = unet
         self.scheduler = scheduler
-        self.settings = settings
+        self.settings = run.training
+        self.num_threads = run.trainer.num_threads
         self.images = images
 
     def on_fit_start(self) -> None:
         """Takes the signals back from Lightning, in every process."""
         raise_on_signals()
+        torch.set_num_threads(self.num_threads)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of this process's share of the step's batch; `batch` is a placeholder."""
@@ -131,6 +130,8 @@ class TrainModule(pl.LightningModule):
         pixels, noise, timesteps = (
             value[share].to(self.device) for value in (whole.pixels, whole.noise, whole.timesteps)
         )
+        # Dropout draws from the global generator: tie it to the step too, so resuming is exact.
+        torch.manual_seed(whole.dropout_seed + self.trainer.global_rank)
         noisy = self.scheduler.add_noise(pixels, noise, timesteps)
         output = self.unet(noisy, timesteps).sample
         match self.scheduler.config.prediction_type:
@@ -166,60 +167,6 @@ class TrainModule(pl.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-class AveragedWeights(WeightAveraging):
-    """Exponential moving average whose decay rises from the start, so short runs profit too."""
-
-    def __init__(self, decay: float) -> None:
-        def average(averaged: list[Tensor], current: list[Tensor], num_averaged: Any) -> None:
-            step = float(num_averaged)
-            torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + step) / (10 + step)))
-
-        super().__init__(use_buffers=False, multi_avg_fn=average)
-
-    def averaged_unet(self) -> Any:
-        """The network with the averaged weights."""
-        assert self._average_model is not None
-        return self._average_model.module.unet
-
-
-class Export(pl.Callback):
-    """Writes diffusers folders at the chosen steps; stands after the averaging in the list."""
-
-    def __init__(
-        self, run: TrainRun, averaged: AveragedWeights, manifest: TrainingManifest
-    ) -> None:
-        self.run, self.averaged, self.manifest = run, averaged, manifest
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
-    ) -> None:
-        """Exports if this step is one to export."""
-        step, last = trainer.global_step, self.run.training.num_steps
-        if step in (*self.run.training.export_steps, last) and trainer.is_global_zero:
-            assert isinstance(pl_module, TrainModule)
-            name = f"step_{step:06d}"
-            self._export(self.run.run_dir / name, pl_module.scheduler)
-            if step == last:
-                self._link(name)
-
-    def _export(self, folder: Path, scheduler: Any) -> None:
-        """Whole or not at all."""
-        from diffusers import DDPMPipeline
-
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        DDPMPipeline(self.averaged.averaged_unet(), scheduler).save_pretrained(temporary)
-        self.manifest.write(temporary / MANIFEST)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-
-    def _link(self, name: str) -> None:
-        link = self.run.run_dir / f".{FINAL}.tmp"
-        link.unlink(missing_ok=True)
-        link.symlink_to(name)
-        os.replace(link, self.run.run_dir / FINAL)
-
-
 class _Steps:
     """A loader of placeholders: each process makes its batches from the step's number."""
 
@@ -250,7 +197,7 @@ def _fit(module: TrainModule, run: TrainRun, manifest: TrainingManifest) -> None
         logger=CSVLogger(run.run_dir, name="log"),
         callbacks=[
             averaged,
-            Export(run, averaged, manifest),
+            Export(run.run_dir, run.training, averaged, manifest),
             TQDMProgressBar(refresh_rate=10),
             ModelCheckpoint(
                 dirpath=checkpoints,
@@ -263,7 +210,13 @@ def _fit(module: TrainModule, run: TrainRun, manifest: TrainingManifest) -> None
             ),
         ],
     )
-    trainer.fit(module, _Steps(run.training.num_steps), ckpt_path=_newest(checkpoints))
+    try:
+        trainer.fit(module, _Steps(run.training.num_steps), ckpt_path=_newest(checkpoints))
+    finally:
+        for process in getattr(trainer.strategy.launcher, "procs", []):
+            process.terminate()
+            process.join(timeout=10)
+            process.kill()
 
 
 def _newest(checkpoints: Path) -> str | None:

@@ -23,11 +23,13 @@ class Batch:
         pixels: (B, 3, H, W) in [-1, 1].
         noise: (B, 3, H, W) standard normal.
         timesteps: (B,).
+        dropout_seed: for the network's own randomness.
     """
 
     pixels: Tensor
     noise: Tensor
     timesteps: Tensor
+    dropout_seed: int
 
 
 class TrainingImages:
@@ -56,7 +58,8 @@ class TrainingImages:
         if mirror:
             flip = torch.rand(size, generator=rng) < 0.5
             pixels = torch.where(flip[:, None, None, None], pixels.flip(3), pixels)
-        return Batch(pixels, noise, timesteps)
+        dropout_seed = int(torch.randint(2**62, (), generator=rng))
+        return Batch(pixels, noise, timesteps, dropout_seed)
 
 
 def read_training_set(

@@ -18,14 +18,13 @@ def test_a_run_writes_what_it_promises(finished):
     records = tiny.records(run_dir)
     assert len(records) == 8
     assert records["broken.png"]["status"] == "FAILED"
-    assert "broken.png" not in {k for k, r in records.items() if r["status"] != "FAILED"}
     table = tiny.scores(run_dir).set_index("image_id")
     assert set(table.index) == set(records)
     replicated = table[table.status == "REPLICATED"]
     assert 0 < len(replicated) < 7
     assert replicated.score.notna().all()
     assert table[table.status == "NOT_REPLICATED"].score.isna().all()
-    assert (replicated.score_nats / replicated.score).round(3).eq(192).all()
+    assert (replicated.score_nats - 192 * replicated.score).abs().max() < 1e-4
     for name in ("gallery.png", "scores.png", "scores.csv", "manifest.json"):
         assert (run_dir / name).stat().st_size > 0
     assert "broken.png" in result.stdout

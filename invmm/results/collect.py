@@ -1,0 +1,75 @@
+"""From records to one table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from invmm.data.files import write_atomically
+from invmm.results.records import read_records
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = {
+    "image_id": "string",
+    "path": "string",
+    "caption": "string",
+    "split": "string",
+    "copies": "Int64",
+    "status": "string",
+    "score": "float64",
+    "score_nats": "float64",
+    "replication_rate": "float64",
+    "best_similarity": "float64",
+    "steps": "Int64",
+    "evaluations_forward": "Int64",
+    "evaluations_backward": "Int64",
+    "seconds": "float64",
+    "error": "string",
+    "seed": "Int64",
+    "config_digest": "string",
+    "schema_version": "Int64",
+    "second_similarity": "float64",
+    "num_samples": "Int64",
+    "sha256": "string",
+    "folder": "string",
+}
+"""Columns of the table with their types; those of a measurement alone come after."""
+
+
+def score_table(run_dirs: Sequence[Path]) -> pd.DataFrame:
+    """All records of some runs, one row an image and run, sorted by run and image id."""
+    import pandas as pd
+
+    rows = [
+        {**record.pop("columns", {}), **record, "run": str(run_dir)}
+        for run_dir in run_dirs
+        for record in read_records(run_dir)
+    ]
+    types = {**COLUMNS, "run": "string"}
+    frame = pd.DataFrame(rows)
+    own = sorted(set(frame.columns) - set(types))
+    return frame.reindex(columns=[*types, *own]).astype(types)
+
+
+def collect(run_dir: Path) -> pd.DataFrame:
+    """Writes scores.parquet and scores.csv from the records; running it again changes nothing."""
+    frame = score_table([run_dir]).drop(columns="run")
+    write_atomically(run_dir / "scores.parquet", frame.to_parquet(index=False))
+    write_atomically(run_dir / "scores.csv", frame.to_csv(index=False).encode())
+    return frame
+
+
+def ranked(frame: pd.DataFrame) -> pd.DataFrame:
+    """Most memorized first.
+
+    Replicated images by rising score, then those that were not replicated by falling best
+    similarity, then those without a result.
+    """
+    place = frame.status.map({"REPLICATED": 0, "NOT_REPLICATED": 1}).fillna(2)
+    order = frame.assign(_place=place, _similarity=-frame.best_similarity.fillna(-1))
+    return order.sort_values(
+        ["_place", "score", "_similarity", "image_id"], kind="stable", na_position="last"
+    ).drop(columns=["_place", "_similarity"])

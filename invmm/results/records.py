@@ -1,0 +1,158 @@
+"""One image's record: scores in JSON, curves and what was found in safetensors, pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save
+from torch import Tensor
+
+from invmm.data.dataset import ImageEntry, LoadedImage
+from invmm.data.files import write_atomically
+from invmm.engine.outcomes import Outcome
+from invmm.results.run_folder import RunFolder, load_record
+
+SCHEMA_VERSION = 1
+
+
+def write_record(
+    folder: RunFolder,
+    entry: ImageEntry,
+    outcome: Outcome,
+    *,
+    loaded: LoadedImage | None,
+    seed: int,
+    second_opinion: float | None,
+) -> None:
+    """Writes everything about an image; record.json last, so that it vouches for the rest.
+
+    Args:
+        folder: of the run.
+        entry: the image.
+        outcome: what was found.
+        loaded: its pixels, None if it could not be loaded.
+        seed: of the run.
+        second_opinion: similarity of the closest sample by the control measure.
+
+    Raises:
+        OSError: the disk is full or gone; no record is left behind.
+    """
+    place = folder.record_folder(entry.image_id)
+    place.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        **{name: value.contiguous() for name, value in outcome.tensors.items()},
+        **{
+            f"curve/{name}": torch.tensor(values, dtype=torch.float64)
+            for name, values in outcome.curves.items()
+        },
+    }
+    write_atomically(place / "arrays.safetensors", save(arrays))
+    if loaded is not None:
+        write_atomically(place / "target.png", _png(loaded.pixels))
+    if outcome.samples is not None:
+        write_atomically(place / "samples.png", _png(torch.cat([*outcome.samples], dim=2)))
+    record = _record(folder, entry, outcome, loaded, seed, second_opinion)
+    write_atomically(place / "record.json", json.dumps(record, indent=1, allow_nan=False).encode())
+    folder.finished(entry.image_id, outcome.status)
+
+
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    """All whole records of a run, by image id; `folder` says where each lies.
+
+    File names need not be UTF-8 but tables must: bytes that are not are shown escaped.
+    """
+    records = []
+    for path in (run_dir / "records").glob("*/record.json"):
+        record = load_record(path)
+        if record is not None:
+            shown = {name: _encodable(value) for name, value in record.items()}
+            records.append({**shown, "folder": path.parent.name})
+    return sorted(records, key=lambda record: record["image_id"])
+
+
+def damaged_records(run_dir: Path) -> list[Path]:
+    """Records that cannot be read; a rerun measures their images again."""
+    paths = sorted((run_dir / "records").glob("*/record.json"))
+    return [path for path in paths if load_record(path) is None]
+
+
+def read_curves(run_dir: Path, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Name -> values of an image's curves."""
+    from safetensors.numpy import load_file
+
+    arrays = load_file(run_dir / "records" / record["folder"] / "arrays.safetensors")
+    return {
+        name.removeprefix("curve/"): values
+        for name, values in arrays.items()
+        if name.startswith("curve/")
+    }
+
+
+def read_pictures(run_dir: Path, record: Mapping[str, Any]) -> list[np.ndarray]:
+    """The target and its closest samples, (H, W, 3) uint8 each; empty if it never loaded."""
+    place = run_dir / "records" / record["folder"]
+    if not (place / "target.png").exists():
+        return []
+    pictures = [np.array(Image.open(place / "target.png"))]
+    if (place / "samples.png").exists():
+        strip = np.array(Image.open(place / "samples.png"))
+        pictures += np.split(strip, record["num_samples"], axis=1)
+    return pictures
+
+
+def _record(
+    folder: RunFolder,
+    entry: ImageEntry,
+    outcome: Outcome,
+    loaded: LoadedImage | None,
+    seed: int,
+    second_opinion: float | None,
+) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "image_id": entry.image_id,
+        "path": entry.path,
+        "sha256": loaded.sha256 if loaded else None,
+        "caption": entry.caption,
+        "split": entry.split,
+        "copies": entry.copies,
+        "status": outcome.status.value,
+        "score": _finite(outcome.score),
+        "score_nats": _finite(outcome.score_nats),
+        "replication_rate": _finite(outcome.replication_rate),
+        "best_similarity": _finite(outcome.best_similarity),
+        "second_similarity": _finite(second_opinion),
+        "num_samples": 0 if outcome.samples is None else len(outcome.samples),
+        "steps": outcome.steps,
+        "evaluations_forward": outcome.evaluations.forward,
+        "evaluations_backward": outcome.evaluations.backward,
+        "seconds": outcome.seconds,
+        "error": outcome.error,
+        "seed": seed,
+        "config_digest": folder.digest,
+        "columns": dict(outcome.columns),
+    }
+
+
+def _encodable(value: Any) -> Any:
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _png(pixels: Tensor) -> bytes:
+    """(3, H, W) in [-1, 1] -> a PNG file."""
+    array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
+    buffer = io.BytesIO()
+    Image.fromarray(array.cpu().numpy()).save(buffer, "PNG")
+    return buffer.getvalue()

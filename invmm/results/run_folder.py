@@ -1,0 +1,222 @@
+"""The folder of a run: it belongs to one config, to one run at a time, and loses nothing.
+
+run_dir/manifest.json            what was run, on what
+run_dir/records/KEY/record.json  one folder an image; its record is written last
+run_dir/finished.log             one line a record, in the order they were finished
+run_dir/locks/                   held by processes at work; the kernel frees them when one dies
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from invmm.data.dataset import ImageEntry
+from invmm.data.files import write_atomically
+from invmm.engine.outcomes import Status
+
+_KEEP = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+def record_key(image_id: str) -> str:
+    """A folder name for any id: a readable part and a hash, never a path."""
+    digest = hashlib.sha256(image_id.encode(errors="surrogatepass")).hexdigest()[:12]
+    return f"{_KEEP.sub('-', image_id)[:60].strip('.-') or 'image'}-{digest}"
+
+
+def load_record(path: Path) -> dict[str, Any] | None:
+    """A record.json, None if it is missing or damaged: then the image is measured again."""
+    try:
+        record = json.loads(path.read_bytes())
+        Status(record["status"])
+        return record if isinstance(record["image_id"], str) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder, as every process of the run sees it.
+
+    Attributes:
+        path: of the folder.
+        digest: of the config that it belongs to.
+    """
+
+    path: Path
+    digest: str
+
+    @classmethod
+    def open(cls, path: Path, *, config: Mapping[str, Any], digest: str) -> OwnedRunFolder:
+        """Creates the folder or comes back to it, as the one run that may write there.
+
+        Raises:
+            ValueError: it belongs to another config, or another run is at work in it.
+        """
+        return OwnedRunFolder(cls(path, digest), config)
+
+    def record_folder(self, image_id: str) -> Path:
+        """Where an image's record and pictures go."""
+        return self.path / "records" / record_key(image_id)
+
+    def status_of(self, image_id: str) -> Status | None:
+        """How the image ended, None if it has no whole record."""
+        record = load_record(self.record_folder(image_id) / "record.json")
+        return None if record is None else Status(record["status"])
+
+    def pending(self, entries: Sequence[ImageEntry], *, retry_failed: bool) -> list[ImageEntry]:
+        """The images without a record; on request those that FAILED too, their records removed."""
+        waiting = []
+        for entry in entries:
+            status = self.status_of(entry.image_id)
+            if status is Status.FAILED and retry_failed:
+                (self.record_folder(entry.image_id) / "record.json").unlink()
+                status = None
+            if status is None:
+                waiting.append(entry)
+        return waiting
+
+    def claim(self, image_id: str) -> Claim | None:
+        """Takes an image for this process; None if another has it or it is done."""
+        locks = self.path / "locks"
+        locks.mkdir(exist_ok=True)
+        file = _lock(locks / f"{record_key(image_id)}.lock")
+        if file is None:
+            return None
+        if self.status_of(image_id) is not None:
+            file.close()
+            return None
+        return Claim(file)
+
+    def finished(self, image_id: str, status: Status) -> None:
+        """Notes that a record is on disk, for whoever watches the run."""
+        line = json.dumps([image_id, status.value]) + "\n"
+        with (self.path / "finished.log").open("ab") as file:
+            file.write(line.encode())
+
+    def follow_finished(self) -> Callable[[], Iterator[Status]]:
+        """A function that yields the statuses noted since it was last called."""
+        log = self.path / "finished.log"
+        position = log.stat().st_size if log.exists() else 0
+
+        def new() -> Iterator[Status]:
+            nonlocal position
+            if not log.exists():
+                return
+            with log.open("rb") as file:
+                file.seek(position)
+                for line in file:
+                    if line.endswith(b"\n"):
+                        position += len(line)
+                        yield Status(json.loads(line)[1])
+
+        return new
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An image taken by this process until the block ends or the process dies."""
+
+    file: IO[bytes]
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.file.close()
+
+
+class OwnedRunFolder:
+    """Context of the one run that may write into a folder.
+
+    Args:
+        folder: the folder.
+        config: the resolved config, compared and kept.
+    """
+
+    def __init__(self, folder: RunFolder, config: Mapping[str, Any]) -> None:
+        path = folder.path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(path / "run.lock")
+        except OSError as error:
+            raise ValueError(
+                f"run_dir={path} cannot be written: {error.strerror}; choose another run_dir"
+            ) from error
+        if self._lock is None:
+            raise ValueError(
+                f"another run is at work in {path}; wait for it or choose another run_dir"
+            )
+        self._folder = folder
+        try:
+            self._belongs_to(config)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> RunFolder:
+        for leftover in self._folder.path.rglob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        return self._folder
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._lock is not None
+        self._lock.close()
+
+    def _belongs_to(self, config: Mapping[str, Any]) -> None:
+        path = self._folder.path / "config.json"
+        if not path.exists():
+            content = {"digest": self._folder.digest, "config": config}
+            write_atomically(path, json.dumps(content, indent=1).encode())
+            return
+        try:
+            stored = json.loads(path.read_bytes())
+            same = stored["digest"] == self._folder.digest
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged; choose another run_dir") from error
+        if not same:
+            raise ValueError(
+                f"run_dir={self._folder.path} holds a run of another config "
+                f"({'; '.join(differences(stored['config'], config)) or 'see its config.json'}); "
+                "choose another run_dir or use the same values"
+            )
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """The keys in which two configs differ, with both values."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return [
+            line
+            for name in sorted({*old, *new})
+            for line in differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+        ]
+    return [] if old == new else [f"{key} was {old} and is {new}"]
+
+
+def _lock(path: Path) -> IO[bytes] | None:
+    """An open file with an exclusive lock, None if someone else holds it."""
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file

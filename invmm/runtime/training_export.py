@@ -1,0 +1,91 @@
+"""What a training leaves behind: averaged weights as standard diffusers folders."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import WeightAveraging
+from torch import Tensor
+
+from invmm.data.manifest import TrainingManifest
+from invmm.runtime.training import TrainingSettings
+
+FINAL = "final"
+MANIFEST = "training_manifest.json"
+
+
+def _average(
+    averaged: list[Tensor], current: list[Tensor], num_averaged: Any, *, decay: float
+) -> None:
+    step = float(num_averaged)
+    torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + step) / (10 + step)))
+
+
+class AveragedWeights(WeightAveraging):
+    """Exponential moving average whose decay rises from the start, so short runs profit too."""
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(use_buffers=False, multi_avg_fn=partial(_average, decay=decay))
+
+    def averaged_unet(self) -> Any:
+        """The network with the averaged weights."""
+        assert self._average_model is not None
+        return self._average_model.module.unet
+
+
+class Export(pl.Callback):
+    """Writes diffusers folders at the chosen steps.
+
+    It stands after the averaging in the list of callbacks, else it would see the step before.
+
+    Args:
+        run_dir: gets step_000001 and so on, and the link `final`.
+        settings: which steps.
+        averaged: the weights.
+        manifest: goes into each folder.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        settings: TrainingSettings,
+        averaged: AveragedWeights,
+        manifest: TrainingManifest,
+    ) -> None:
+        self.run_dir, self.averaged, self.manifest = run_dir, averaged, manifest
+        self.last = settings.num_steps
+        self.steps = {*settings.export_steps, self.last}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        """Exports if this step is one to export."""
+        step = trainer.global_step
+        if step in self.steps and trainer.is_global_zero:
+            name = f"step_{step:06d}"
+            self._export(self.run_dir / name, pl_module.scheduler)
+            if step == self.last:
+                self._link(name)
+
+    def _export(self, folder: Path, scheduler: Any) -> None:
+        """Whole or not at all."""
+        from diffusers import DDPMPipeline
+
+        temporary = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        DDPMPipeline(self.averaged.averaged_unet(), scheduler).save_pretrained(temporary)
+        self.manifest.write(temporary / MANIFEST)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+
+    def _link(self, name: str) -> None:
+        link = self.run_dir / f".{FINAL}.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+        os.replace(link, self.run_dir / FINAL)

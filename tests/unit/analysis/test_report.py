@@ -1,0 +1,162 @@
+"""The table, the summary and the pictures of a run written by hand."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import written
+from PIL import Image
+
+from invmm.analysis import pictures
+from invmm.analysis import table as table_module
+from invmm.analysis.report import report
+from invmm.analysis.style import COLOURS, one_line
+from invmm.analysis.table import summary, table
+from invmm.engine.outcomes import Outcome, Status
+from invmm.results.collect import collect, score_table
+from invmm.results.run_folder import RunFolder
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return written.write_run(tmp_path / "run")
+
+
+@pytest.fixture
+def frame(run_dir):
+    return score_table([run_dir])
+
+
+def test_the_table_has_one_aligned_line_an_image_most_memorized_first(frame):
+    header, rule, *lines = table(frame).splitlines()
+    assert [line.split()[-6] for line in lines[:2]] == ["REPLICATED", "REPLICATED"]
+    assert lines[0].startswith("a $caption{ (many)")
+    first, last = lines[0].split(), lines[-1].split()
+    assert first[3:] == ["8", "REPLICATED", "0.020", "1.0", "0.90", "2", "48"]
+    assert last == ["z-failed", "1", "FAILED", "0", "0"]
+    assert {len(line) for line in (header, rule, *lines)} == {len(header)}
+
+
+def test_a_long_table_says_what_it_leaves_out(frame, monkeypatch):
+    monkeypatch.setattr(table_module, "MAX_ROWS", 2)
+    lines = table(frame).splitlines()
+    assert len(lines) == 5
+    assert lines[-1] == "... and 4 more in scores.csv"
+
+
+def test_the_summary_counts_by_group_with_intervals(frame):
+    lines = summary(frame).splitlines()
+    assert lines[0].startswith("duplicated: replicated 2 of 2 (95 % interval 16% to 100%)")
+    assert lines[1].startswith("single: replicated 0 of 1")
+    assert lines[2].startswith("held_out (false alarms): replicated 0 of 2")
+    assert lines[3:5] == [
+        "AUROC duplicated against held_out, score, ties broken by best similarity: 1.000 "
+        "(true positives at <= 1 % false ones: 100%)",
+        "AUROC duplicated against held_out, score alone: 1.000 "
+        "(true positives at <= 1 % false ones: 100%)",
+    ]
+    assert lines[5:] == ["FAILED z-failed: truncated"]
+
+
+def test_the_two_aurocs_differ_where_similarity_separates(tmp_path):
+    with RunFolder.open(tmp_path, config={}, digest="d") as folder:
+        for name, copies, similarity in (("a", 4, 0.8), ("b", 4, 0.3), ("c", 0, 0.4)):
+            result = written.outcome(Status.NOT_REPLICATED, similarity=similarity)
+            written.write(folder, written.entry(name, copies), result)
+    text = summary(score_table([tmp_path]))
+    assert "ties broken by best similarity: 0.500" in text
+    assert "score alone: 0.500" in text
+    with RunFolder.open(tmp_path, config={}, digest="d") as folder:
+        result = written.outcome(Status.NOT_REPLICATED, similarity=0.9)
+        written.write(folder, written.entry("d", 4), result)
+    text = summary(score_table([tmp_path]))
+    assert "ties broken by best similarity: 0.667" in text
+    assert "score alone: 0.500" in text
+
+
+def test_names_of_any_origin_are_printable_and_short():
+    assert one_line("a\nb\x1b[31m", 20) == "a?b?[31m"
+    assert one_line("x" * 50, 10) == "xxxxxxx..."
+    assert one_line("x" * 10, 10) == "x" * 10
+
+
+def test_the_report_writes_everything_and_the_same_bytes_again(run_dir):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text = report(run_dir)
+    assert "z-failed" in text
+    names = ("gallery.png", "scores.png", "scores.csv", "scores.parquet")
+    before = [(run_dir / name).read_bytes() for name in names]
+    assert report(run_dir) == text
+    assert [(run_dir / name).read_bytes() for name in names] == before
+
+
+def test_the_report_names_damaged_records(run_dir):
+    with RunFolder.open(run_dir, config=written.CONFIG, digest=written.DIGEST) as folder:
+        path = folder.record_folder("few") / "record.json"
+    path.write_text("{")
+    text = report(run_dir)
+    assert f"left out, cannot be read: {path}" in text
+    assert "few" not in pd.read_csv(run_dir / "scores.csv").image_id.tolist()
+
+
+def test_the_gallery_shows_captions_as_they_are_and_groups_by_colour(run_dir, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: seen.append(figure))
+    pictures.gallery(run_dir, collect(run_dir))
+    (figure,) = seen
+    texts = [text.get_text() for axis in figure.axes for text in axis.texts]
+    assert texts[0] == "a $caption{, 8x in training\nreplicated, score 0.020, similarity 0.90"
+    assert texts[2] == "held-near, 0x in training\nnot replicated, similarity 0.45"
+    assert len(texts) == 5
+    assert figure.get_suptitle() == "image, then its closest samples (1 more in scores.csv)"
+    first = figure.axes[0]
+    assert first.images[0].get_interpolation() == "nearest"
+    assert first.images[0].get_array().max() == 255
+    assert figure.axes[1].images[0].get_array().max() == 0
+
+
+def test_the_gallery_is_limited(run_dir, monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_GALLERY_ROWS", 2)
+    seen = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: seen.append(figure))
+    pictures.gallery(run_dir, collect(run_dir))
+    assert seen[0].get_suptitle() == "image, then its closest samples (4 more in scores.csv)"
+    assert sum(len(axis.images) for axis in seen[0].axes) == 2 * 3
+
+
+def test_the_histogram_keeps_the_unreplicated_apart(run_dir, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: seen.append(figure))
+    pictures.score_histogram(run_dir, collect(run_dir))
+    scores, censored = seen[0].axes
+    assert sum(patch.get_height() for patch in scores.patches) == 2
+    heights = [patch.get_height() for patch in censored.patches]
+    assert sum(heights) == 3
+    assert censored.get_xticklabels()[0].get_text() == "not replicated\nwithin the budget"
+
+
+def test_nothing_measured_is_a_report_too(tmp_path):
+    with RunFolder.open(tmp_path, config={}, digest="d"):
+        pass
+    report(tmp_path)
+    assert np.array(Image.open(tmp_path / "gallery.png")).size > 0
+    assert (tmp_path / "scores.png").stat().st_size > 0
+
+
+def test_only_failures_are_a_report_too(tmp_path):
+    with RunFolder.open(tmp_path, config={}, digest="d") as folder:
+        failed = Outcome(status=Status.FAILED, error="no image")
+        written.write(folder, written.entry("a", None), failed, loaded=None, second_opinion=None)
+    assert "FAILED a: no image" in report(tmp_path)
+
+
+def test_groups_are_told_apart_by_the_colour_blind():
+    """Okabe and Ito's palette, and no two groups alike in lightness and hue."""
+    assert len(set(COLOURS.values())) == 4
+    assert {COLOURS[g] for g in ("duplicated", "single", "held_out")} == {
+        "#D55E00", "#0072B2", "#009E73",
+    }  # fmt: skip

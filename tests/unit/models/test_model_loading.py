@@ -1,0 +1,201 @@
+"""Model folders that nobody vouches for: each is loaded whole or refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from invmm.models.pixel import PixelUNet
+
+CPU = torch.device("cpu")
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+UNET = "unet/config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+
+Mutation = Callable[[Path], None]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return tiny.save_model(tmp_path_factory.mktemp("whole") / "ddpm")
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+def put(file: str, **values: object) -> Mutation:
+    def mutate(folder: Path) -> None:
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**content, **values}))
+
+    return mutate
+
+
+def write(file: str, content: bytes) -> Mutation:
+    return lambda folder: (folder / file).write_bytes(content) and None
+
+
+def remove(file: str) -> Mutation:
+    return lambda folder: (folder / file).unlink()
+
+
+def drop_key(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    del weights["conv_out.weight"]
+    save_file(weights, folder / WEIGHTS)
+
+
+def add_key(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    save_file({**weights, "conv_surprise.weight": torch.zeros(1)}, folder / WEIGHTS)
+
+
+def truncate(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000])
+
+
+def pickle_only(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "unet" / "diffusion_pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+LISTED = {
+    "pipeline": (put("model_index.json", _class_name="StableDiffusionPipeline"),
+                 "holds a StableDiffusionPipeline; supported are DDPMPipeline"),
+    "component climbing out": (put("model_index.json", **{"../evil": ["diffusers", "X"]}),
+                               r"the component '\.\./evil'"),
+    "unet of another library": (put("model_index.json", unet=["my_code", "UNet2DModel"]),
+                                "its unet to be .*my_code.*supported are diffusers' UNet2DModel"),
+    "unet of another class": (put("model_index.json", unet=["diffusers", "UNet2DConditionModel"]),
+                              "supported are diffusers' UNet2DModel"),
+    "scheduler without betas": (
+        put("model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]),
+        "its scheduler to be .*FlowMatch.*supported are diffusers' DDPMScheduler"),
+    "no unet": (put("model_index.json", unet=None), "its unet to be None"),
+    "index is no JSON": (write("model_index.json", b"{"), r"model_index\.json cannot be read"),
+    "index is no object": (write("model_index.json", b"[]"), "does not hold a JSON object"),
+    "index is bottomless": (write("model_index.json", b"[" * 100_000), "cannot be read"),
+    "index is no text": (write("model_index.json", b"\xff\xfe\x00"), "cannot be read"),
+    "index is huge": (write("model_index.json", b" " * (1 << 21)), "too large"),
+    "unet config missing": (remove(UNET), r"unet/config\.json is missing"),
+    "scheduler config missing": (remove(SCHEDULER), r"scheduler_config\.json is missing"),
+    "config of another class": (put(UNET, _class_name="UNet2DConditionModel"),
+                                "supported is UNet2DModel"),
+    "not square": (put(UNET, sample_size=[8, 16]), r"sample_size=\[8, 16\].*square"),
+    "no size": (put(UNET, sample_size=None), "sample_size=None"),
+    "size zero": (put(UNET, sample_size=0), "sample_size=0"),
+    "size true": (put(UNET, sample_size=True), "sample_size=True"),
+    "latent channels": (put(UNET, in_channels=4, out_channels=4), "maps 4 to 4 channels"),
+    "odd outputs": (put(UNET, out_channels=5), "maps 3 to 5 channels"),
+    "class-conditional": (put(UNET, num_class_embeds=10), "class-conditional"),
+    "timesteps as text": (put(SCHEDULER, num_train_timesteps="1000"),
+                          "num_train_timesteps='1000'"),
+    "pickle only": (pickle_only, r"\.bin is a pickle and is never loaded\); save the model with"),
+}  # fmt: skip
+"""Faults that the JSON files and the list of files show, before any weight is read."""
+
+LOADED = {
+    "key missing": (drop_key, r"missing conv_out\.weight"),
+    "key too many": (add_key, r"unexpected conv_surprise\.weight"),
+    "other shapes": (put(UNET, block_out_channels=[8, 32]), "cannot be loaded .*size mismatch"),
+    "unknown block": (put(UNET, down_block_types=["Evil", "DownBlock2D"]), "cannot be loaded"),
+    "widths as text": (put(UNET, block_out_channels="x"), "cannot be loaded"),
+    "weights cut short": (truncate, "cannot be loaded"),
+    "weights empty": (write(WEIGHTS, b""), "cannot be loaded"),
+    "unknown betas": (put(SCHEDULER, beta_schedule="steep"), "noise schedule of .* is unusable"),
+    "unknown prediction": (put(SCHEDULER, prediction_type="flow"), "prediction_type=flow"),
+}
+
+
+def test_the_whole_folder_loads_with_its_own_weights(folder):
+    network = PixelUNet(path=str(folder)).load(CPU)
+    stored = load_file(folder / WEIGHTS)
+    loaded = dict(network._unet.named_parameters())
+    assert loaded.keys() == stored.keys()
+    assert all(torch.equal(loaded[name], stored[name]) for name in stored)
+
+
+@pytest.mark.parametrize("fault", LISTED)
+def test_a_fault_in_the_files_is_found_before_weights_are_read(fault, folder):
+    mutate, message = LISTED[fault]
+    mutate(folder)
+    recipe = PixelUNet(path=str(folder))
+    with pytest.raises(ValueError, match=message):
+        recipe.describe()
+    with pytest.raises(ValueError, match=message):
+        recipe.load(CPU)
+
+
+@pytest.mark.parametrize("fault", LOADED)
+def test_a_fault_in_weights_or_values_is_an_error_and_never_random_output(fault, folder):
+    mutate, message = LOADED[fault]
+    mutate(folder)
+    with pytest.raises(ValueError, match=message):
+        PixelUNet(path=str(folder)).load(CPU)
+
+
+def test_a_repository_with_its_parts_side_by_side_loads(folder):
+    """As google/ddpm-cifar10-32 and other repositories of 2022 have them."""
+    expected = PixelUNet(path=str(folder)).load(CPU)
+    for name in ("unet", "scheduler"):
+        for file in (folder / name).iterdir():
+            file.rename(folder / file.name)
+        (folder / name).rmdir()
+    recipe = PixelUNet(path=str(folder))
+    assert list(recipe.fingerprint()) == ["diffusion_pytorch_model.safetensors"]
+    latents, timesteps = torch.ones(2, 3, 8, 8), torch.tensor([3, 900])
+    assert torch.equal(
+        recipe.load(CPU).predict(latents, timesteps, None),
+        expected.predict(latents, timesteps, None),
+    )
+
+
+@pytest.mark.parametrize("path", ["not/a/folder", "../nowhere", "nowhere", "https://x.org/y"])
+def test_neither_a_folder_nor_a_hub_id(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.path=.* is no folder here and no hub id"):
+        PixelUNet(path=path).describe()
+
+
+def test_a_folder_that_holds_no_model(tmp_path):
+    with pytest.raises(ValueError, match=r"neither model_index\.json .* nor config\.json"):
+        PixelUNet(path=str(tmp_path)).describe()
+
+
+def test_a_hub_that_cannot_be_reached_says_so(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def fail(*args, **options):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ValueError, match=r"model\.path=someone/ddpm .*hub \(no connection\)"):
+        PixelUNet(path="someone/ddpm").describe()
+
+
+def test_a_hub_id_is_described_from_json_and_loaded_from_safetensors(whole, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def fetch(name, *, revision, allow_patterns):
+        asked.append((name, revision, sorted(allow_patterns)))
+        return str(whole)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    recipe = PixelUNet(path="someone/ddpm", revision="abc")
+    info = recipe.describe()
+    assert info.weight_bytes is None
+    assert info.latent_shape == (3, 8, 8)
+    assert asked == [("someone/ddpm", "abc", ["*.json"])]
+    recipe.load(CPU)
+    assert asked[1] == ("someone/ddpm", "abc", ["*.json", "*.safetensors"])

@@ -1,0 +1,173 @@
+"""A run folder belongs to one config and one run at a time, and loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+
+import pytest
+import written
+
+from invmm.engine.outcomes import Outcome, Status
+from invmm.results.run_folder import RunFolder, differences, record_key
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from invmm.results.run_folder import RunFolder
+path, what = Path(sys.argv[1]), sys.argv[2]
+if what == "run":
+    owned = RunFolder.open(path, config={"a": 1}, digest="d")
+else:
+    claim = RunFolder(path, "d").claim(what)
+    assert claim is not None
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with RunFolder.open(tmp_path / "run", config=written.CONFIG, digest="d") as folder:
+        yield folder
+
+
+def held_elsewhere(path, what):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path), what], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def end(process):
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def test_another_process_is_refused_until_it_dies(tmp_path):
+    other = held_elsewhere(tmp_path, "run")
+    try:
+        with pytest.raises(ValueError, match=f"another run is at work in {tmp_path}"):
+            RunFolder.open(tmp_path, config={"a": 1}, digest="d")
+    finally:
+        end(other)
+    with RunFolder.open(tmp_path, config={"a": 1}, digest="d") as folder:
+        assert folder.path == tmp_path
+
+
+def test_an_image_is_claimed_once_and_freed_by_death(folder):
+    other = held_elsewhere(folder.path, "cat.png")
+    try:
+        assert folder.claim("cat.png") is None
+        claim = folder.claim("dog.png")
+        assert claim is not None
+        with claim:
+            assert folder.claim("dog.png") is None
+    finally:
+        end(other)
+    assert folder.claim("cat.png") is not None
+    assert folder.claim("dog.png") is not None
+
+
+def test_a_finished_image_cannot_be_claimed(folder):
+    written.write(folder, written.entry("a"), written.outcome(Status.NOT_REPLICATED))
+    assert folder.claim("a") is None
+    assert folder.status_of("a") is Status.NOT_REPLICATED
+
+
+def test_another_config_is_refused_with_both_values(tmp_path):
+    before = {"seed": 0, "sampler": {"steps": 20, "eta": 0.0}, "same": [1, 2]}
+    after = {"seed": 7, "sampler": {"steps": 20, "eta": 0.5}, "same": [1, 2]}
+    with RunFolder.open(tmp_path, config=before, digest="one"):
+        pass
+    with pytest.raises(ValueError, match="holds a run of another config") as refusal:
+        RunFolder.open(tmp_path, config=after, digest="two")
+    message = str(refusal.value)
+    assert "seed was 0 and is 7" in message
+    assert "sampler.eta was 0.0 and is 0.5" in message
+    assert "steps" not in message
+    assert "choose another run_dir" in message
+    # a refusal leaves nothing locked
+    with RunFolder.open(tmp_path, config=before, digest="one"):
+        pass
+
+
+def test_a_damaged_config_is_said(tmp_path):
+    with RunFolder.open(tmp_path, config={}, digest="one"):
+        pass
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        RunFolder.open(tmp_path, config={}, digest="one")
+
+
+def test_a_folder_that_cannot_be_written_is_a_users_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"run_dir=.*file/run cannot be written"):
+        RunFolder.open(tmp_path / "file" / "run", config={}, digest="d")
+
+
+def test_coming_back_sweeps_up_what_a_kill_left(tmp_path):
+    with RunFolder.open(tmp_path, config={}, digest="d") as folder:
+        place = folder.record_folder("a")
+        place.mkdir(parents=True)
+    leftover = place / ".record.json.123.tmp"
+    leftover.write_text("{")
+    with RunFolder.open(tmp_path, config={}, digest="d"):
+        assert not leftover.exists()
+
+
+def test_pending_keeps_order_and_retries_only_failures(folder):
+    entries = [written.entry(name) for name in ("c", "a", "d", "b")]
+    written.write(folder, entries[1], written.outcome(Status.REPLICATED, score=0.1))
+    written.write(folder, entries[2], Outcome(status=Status.FAILED, error="x"), loaded=None)
+    names = lambda retry: [e.image_id for e in folder.pending(entries, retry_failed=retry)]  # noqa: E731
+    assert names(False) == ["c", "b"]
+    assert names(True) == ["c", "d", "b"]
+    assert names(False) == ["c", "d", "b"]  # the failed record is gone
+
+
+def test_followers_hear_of_each_record_once(folder):
+    written.write(folder, written.entry("before"), written.outcome(Status.REPLICATED))
+    new = folder.follow_finished()
+    assert list(new()) == []
+    written.write(folder, written.entry("a"), written.outcome(Status.NOT_REPLICATED))
+    written.write(folder, written.entry("b"), written.outcome(Status.DIVERGED))
+    assert list(new()) == [Status.NOT_REPLICATED, Status.DIVERGED]
+    assert list(new()) == []
+    with (folder.path / "finished.log").open("ab") as log:
+        log.write(b'["half')
+    assert list(new()) == []
+
+
+@pytest.mark.parametrize(
+    "image_id",
+    ["../../etc/passwd", "/absolute", ".", "..", "", "a\x00b", "a\nb", "x" * 5000, "ü/ä.png",
+     os.fsdecode(b"\xff.png"), "CON", "a//b", "-rf"],
+)  # fmt: skip
+def test_no_id_leaves_the_folder(folder, image_id):
+    place = folder.record_folder(image_id)
+    assert place.resolve().parent == (folder.path / "records").resolve()
+    written.write(folder, written.entry(image_id), written.outcome(Status.NOT_REPLICATED))
+    assert json.loads((place / "record.json").read_text())["image_id"] == image_id
+
+
+def test_ids_that_look_alike_stay_apart():
+    ids = ["a/b", "a-b", "a b", "A-b", "x" * 60 + "1", "x" * 60 + "2"]
+    keys = {record_key(image_id).lower() for image_id in ids}
+    assert len(keys) == len(ids)
+
+
+def test_workers_get_the_folder_by_pickle(folder):
+    assert pickle.loads(pickle.dumps(folder)) == folder
+
+
+def test_differences_of_nested_configs():
+    assert differences({"a": {"b": 1}}, {"a": {"b": 1}}) == []
+    assert differences({"a": 1}, {"a": 1, "c": {"d": 2}}) == ["c was None and is {'d': 2}"]
