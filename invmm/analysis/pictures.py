@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MAX_GALLERY_ROWS = 32
 MAX_GALLERY_SAMPLES = 8
+_HEADER_INCHES = 0.7
 
 
 def gallery(run_dir: Path, frame: pd.DataFrame) -> Path:
@@ -28,12 +29,10 @@ def gallery(run_dir: Path, frame: pd.DataFrame) -> Path:
     shown = ranked(frame.loc[frame.num_samples > 0]).head(MAX_GALLERY_ROWS)
     columns = 1 + int(min(shown.num_samples.max() if len(shown) else 0, MAX_GALLERY_SAMPLES))
     with style():
-        figure, axes = plt.subplots(
-            max(len(shown), 1),
-            columns,
-            figsize=(columns, 0.6 + max(len(shown), 1)),
-            squeeze=False,
-        )
+        rows = max(len(shown), 1)
+        height = rows + _HEADER_INCHES
+        figure, axes = plt.subplots(rows, columns, figsize=(columns, height), squeeze=False)
+        figure.subplots_adjust(left=0, right=1, bottom=0, top=rows / height)
         for axis in axes.flat:
             axis.set_axis_off()
         groups = image_groups(shown).tolist()
@@ -42,12 +41,14 @@ def gallery(run_dir: Path, frame: pd.DataFrame) -> Path:
         left_out = len(frame) - len(shown)
         rest = f" ({left_out} more in scores.csv)" if left_out else ""
         title = "image, then its closest samples" if len(shown) else "no image was sampled"
-        figure.suptitle(f"{title}{rest}", x=0.02, ha="left", y=1.0)
+        figure.suptitle(f"{title}{rest}", x=0.0, y=1.0, ha="left", va="top")
         figure.legend(
             handles=[Patch(color=COLOURS[g], label=LABELS[g]) for g in COLOURS if g in groups],
             loc="upper left",
-            bbox_to_anchor=(0.0, 0.1),
+            bbox_to_anchor=(0.0, 1 - _HEADER_INCHES / 3 / height),
+            ncols=len(COLOURS),
             frameon=False,
+            borderaxespad=0,
         )
         save_figure(figure, run_dir / "gallery.png")
     return run_dir / "gallery.png"
