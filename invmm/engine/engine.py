@@ -24,6 +24,7 @@ from torch import Tensor
 
 from invmm.diffusion.sampling import draw
 from invmm.diffusion.schedule import Prediction
+from invmm.engine.batching import condition_values, in_calls, needs_grad, num_rows, signature
 from invmm.engine.outcomes import Evaluations, NonFiniteError, Outcome, Status
 from invmm.engine.protocols import Network, Similarity
 from invmm.engine.requests import Denoise, Embed, Embedding, Minimise, Request, Sample
@@ -136,13 +137,13 @@ class Engine:
         """The oldest request and those like it that fit into one call; whether it is full."""
         if not waiting:
             return [], False
-        like = _signature(waiting[0].request)
+        like = signature(waiting[0].request)
         room = self.rows[type(waiting[0].request)]
         group: list[_Slot] = []
         for slot in waiting:
-            if _signature(slot.request) != like:
+            if signature(slot.request) != like:
                 continue
-            rows = _num_rows(slot.request)
+            rows = num_rows(slot.request)
             if group and rows > room:
                 return group, True
             group.append(slot)
@@ -185,8 +186,8 @@ class Engine:
 
     def _denoise(self, group: Sequence[_Slot]) -> list[Prediction]:
         requests: list[Denoise] = [slot.request for slot in group]  # pyright: ignore
-        keep_graph = _needs_grad(requests[0])
-        columns = [[r.latents, r.timesteps, *_condition(r)] for r in requests]
+        keep_graph = needs_grad(requests[0])
+        columns = [[r.latents, r.timesteps, *condition_values(r)] for r in requests]
         names = tuple(requests[0].condition or ())
 
         def call(latents: Tensor, timesteps: Tensor, *condition: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ class Engine:
             return self.network.predict(latents, timesteps, rows)
 
         with torch.set_grad_enabled(keep_graph):
-            outputs = _in_calls(call, columns, self.rows[Denoise])
+            outputs = in_calls(call, columns, self.rows[Denoise])
         for slot, request in zip(group, requests, strict=True):
             slot.forward += len(request.latents)
             slot.graph_rows += len(request.latents) * keep_graph
@@ -206,10 +207,11 @@ class Engine:
 
     def _sample(self, group: Sequence[_Slot]) -> list[Tensor | NonFiniteError]:
         requests: list[Sample] = [slot.request for slot in group]  # pyright: ignore
-        sampler, keep_graph = requests[0].sampler, _needs_grad(requests[0])
+        sampler, keep_graph = requests[0].sampler, needs_grad(requests[0])
         names = tuple(requests[0].condition or ())
         columns = [
-            [r.noise, torch.tensor(r.seeds or [0] * len(r.noise)), *_condition(r)] for r in requests
+            [r.noise, torch.tensor(r.seeds or [0] * len(r.noise)), *condition_values(r)]
+            for r in requests
         ]
 
         def call(noise: Tensor, seeds: Tensor, *condition: Tensor) -> Tensor:
@@ -223,7 +225,7 @@ class Engine:
             )
 
         with torch.set_grad_enabled(keep_graph):
-            outputs = _in_calls(call, columns, self.rows[Sample])
+            outputs = in_calls(call, columns, self.rows[Sample])
         answers: list[Tensor | NonFiniteError] = []
         for slot, output in zip(group, outputs, strict=True):
             evaluations = len(output) * sampler.num_evaluations
@@ -237,9 +239,9 @@ class Engine:
         requests: list[Embed] = [slot.request for slot in group]  # pyright: ignore
         columns = [[r.latents] for r in requests]
         with torch.no_grad():
-            pixels = _in_calls(self.network.decode, columns, self.rows[Embed])
+            pixels = in_calls(self.network.decode, columns, self.rows[Embed])
             columns = [[own] for own in pixels]
-            vectors = _in_calls(self.similarity.embed, columns, self.rows[Embed])
+            vectors = in_calls(self.similarity.embed, columns, self.rows[Embed])
         return [Embedding(*pair) for pair in zip(pixels, vectors, strict=True)]
 
     # Life of a slot -------------------------------------------------------------------------
@@ -307,60 +309,10 @@ class Engine:
         )
 
 
-def _in_calls(
-    function: Callable[..., Tensor], columns: Sequence[Sequence[Tensor]], rows: int
-) -> list[Tensor]:
-    """Applies a row-wise function to many requests in calls of exactly `rows` rows.
-
-    Args:
-        function: takes the tensors of one request, any number of rows, and returns as many.
-        columns: the tensors of each request; row counts may differ between requests.
-        rows: rows of every call; the last is padded by repeating its first row.
-
-    Returns:
-        One tensor per request, with its own rows.
-    """
-    sizes = [len(request[0]) for request in columns]
-    inputs = [torch.cat(tensors) for tensors in zip(*columns, strict=True)]
-    if padding := -sum(sizes) % rows:
-        inputs = [
-            torch.cat([tensor, tensor[:1].detach().expand(padding, *tensor.shape[1:])])
-            for tensor in inputs
-        ]
-    # Kernels are chosen by memory format, which cat takes from its inputs: one format for all.
-    inputs = [tensor.contiguous() for tensor in inputs]
-    calls = zip(*(tensor.split(rows) for tensor in inputs), strict=True)
-    outputs = torch.cat([function(*call) for call in calls])
-    return list(outputs.split([*sizes, padding])[: len(sizes)])
-
-
 def _refusal(loss: Tensor) -> Exception | None:
     if loss.numel() != 1 or not loss.requires_grad:
         return ValueError(f"Minimise needs a scalar with gradients, not {tuple(loss.shape)}")
     return None if torch.isfinite(loss) else NonFiniteError(f"the loss is {loss.item()}")
-
-
-def _condition(request: Denoise | Sample) -> list[Tensor]:
-    return list((request.condition or {}).values())
-
-
-def _num_rows(request: Any) -> int:
-    return len(request.noise if isinstance(request, Sample) else request.latents)
-
-
-def _needs_grad(request: Denoise | Sample) -> bool:
-    main = request.noise if isinstance(request, Sample) else request.latents
-    return main.requires_grad or any(value.requires_grad for value in _condition(request))
-
-
-def _signature(request: Any) -> tuple[Any, ...]:
-    """Requests with the same signature can share a network call."""
-    if isinstance(request, Embed):
-        return (Embed, request.latents.shape[1:])
-    main = request.noise if isinstance(request, Sample) else request.latents
-    condition = tuple((k, v.shape[1:], v.dtype) for k, v in (request.condition or {}).items())
-    sampler = request.sampler if isinstance(request, Sample) else None
-    return (type(request), sampler, main.shape[1:], main.dtype, condition, _needs_grad(request))
 
 
 def _ended_by(error: Exception) -> Outcome:

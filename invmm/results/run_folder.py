@@ -168,8 +168,10 @@ class OwnedRunFolder:
             raise
 
     def __enter__(self) -> RunFolder:
-        for leftover in self._folder.path.rglob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        for place in (".*.tmp", "records/*/.*.tmp"):
+            for leftover in self._folder.path.glob(place):
+                if leftover.is_file():
+                    leftover.unlink(missing_ok=True)
         return self._folder
 
     def __exit__(

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from invmm.analysis.report import report
 from invmm.data.dataset import ImageDataset, ImageEntry
 from invmm.results.manifest import Inputs, write_manifest
 from invmm.results.run_folder import RunFolder
 from invmm.runtime.plan import MeasureRun
+from invmm.runtime.processes import (
+    EXIT_DONE,
+    EXIT_INCOMPLETE,
+    WORKER_DEATHS,
+    last_line,
+    no_process_left,
+    trainer_options,
+)
 from invmm.runtime.progress import progress_bar
 from invmm.runtime.signals import Interrupted, interruptible, raise_on_signals
 from invmm.runtime.trainer import TrainerSettings
 from invmm.runtime.worker import Worker
-
-EXIT_DONE, EXIT_INCOMPLETE = 0, 3
 
 
 def measure(run: MeasureRun) -> int:
@@ -68,8 +71,8 @@ def _measure_pending(
             _predict(MeasureModule(run, folder, dataset, pending), run.trainer)
     except Interrupted as signal:
         exit_code, reason = signal.exit_code, f"stopped by {signal}"
-    except (ProcessExitedException, ProcessRaisedException) as error:
-        reason = f"a worker died: {_last_line(error)}"
+    except WORKER_DEATHS as error:
+        reason = f"a worker died: {last_line(error)}"
     except OSError as error:
         reason = f"a record could not be written: {error}"
     missing = folder.pending(pending, retry_failed=False)
@@ -122,28 +125,12 @@ class _OneBatch:
 
 
 def _predict(module: MeasureModule, settings: TrainerSettings) -> None:
-    """Runs the module on all devices, and leaves no process behind however that ends."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
     trainer = pl.Trainer(
-        accelerator=settings.accelerator,
-        devices=settings.devices,
-        strategy="ddp_spawn" if settings.devices > 1 else "auto",
+        **trainer_options(settings),
         inference_mode=False,
-        use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
-        enable_model_summary=False,
     )
-    try:
+    with no_process_left(trainer):
         trainer.predict(module, _OneBatch(), return_predictions=False)
-    finally:
-        for process in getattr(trainer.strategy.launcher, "procs", []):
-            process.terminate()
-            process.join(timeout=10)
-            process.kill()
-
-
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +14,25 @@ import torch.nn.functional as F
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from invmm.data.dataset import DatasetRecipe
 from invmm.data.manifest import TrainingManifest
 from invmm.models.architectures import TrainableModel
 from invmm.results.run_folder import RunFolder
+from invmm.runtime.processes import (
+    EXIT_DONE,
+    EXIT_INCOMPLETE,
+    WORKER_DEATHS,
+    last_line,
+    no_process_left,
+    trainer_options,
+)
 from invmm.runtime.signals import Interrupted, interruptible, raise_on_signals
 from invmm.runtime.trainer import TrainerSettings
 from invmm.runtime.training import TrainingSettings
 from invmm.runtime.training_data import TrainingImages, read_training_set
 from invmm.runtime.training_export import FINAL, AveragedWeights, Export
 
-EXIT_DONE, EXIT_INCOMPLETE = 0, 3
 _LOG_EVERY = 50
 
 
@@ -86,8 +90,8 @@ def train(run: TrainRun) -> int:
                 _fit(TrainModule(unet, scheduler, run, images), run, manifest)
         except Interrupted as signal:
             exit_code, reason = signal.exit_code, f"stopped by {signal}"
-        except (ProcessExitedException, ProcessRaisedException) as error:
-            reason = f"a worker died: {str(error).strip().splitlines()[-1]}"
+        except WORKER_DEATHS as error:
+            reason = f"a worker died: {last_line(error)}"
         if not (folder.path / FINAL).exists():
             print(f"{reason}; the same command goes on from the last checkpoint", file=sys.stderr)
             return exit_code
@@ -181,18 +185,12 @@ class _Steps:
 
 
 def _fit(module: TrainModule, run: TrainRun, manifest: TrainingManifest) -> None:
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
     checkpoints = run.run_dir / "checkpoints"
     averaged = AveragedWeights(run.training.ema_decay)
     trainer = pl.Trainer(
-        accelerator=run.trainer.accelerator,
-        devices=run.trainer.devices,
-        strategy="ddp_spawn" if run.trainer.devices > 1 else "auto",
+        **trainer_options(run.trainer),
         max_steps=run.training.num_steps,
         gradient_clip_val=run.training.gradient_clip,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
         log_every_n_steps=_LOG_EVERY,
         logger=CSVLogger(run.run_dir, name="log"),
         callbacks=[
@@ -210,13 +208,8 @@ def _fit(module: TrainModule, run: TrainRun, manifest: TrainingManifest) -> None
             ),
         ],
     )
-    try:
+    with no_process_left(trainer):
         trainer.fit(module, _Steps(run.training.num_steps), ckpt_path=_newest(checkpoints))
-    finally:
-        for process in getattr(trainer.strategy.launcher, "procs", []):
-            process.terminate()
-            process.join(timeout=10)
-            process.kill()
 
 
 def _newest(checkpoints: Path) -> str | None:

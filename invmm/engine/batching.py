@@ -1,0 +1,64 @@
+"""Packing the requests of many images into network calls of a constant number of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from invmm.engine.requests import Denoise, Embed, Sample
+
+
+def in_calls(
+    function: Callable[..., Tensor], columns: Sequence[Sequence[Tensor]], rows: int
+) -> list[Tensor]:
+    """Applies a row-wise function to many requests in calls of exactly `rows` rows.
+
+    Args:
+        function: takes the tensors of one request, any number of rows, and returns as many.
+        columns: the tensors of each request; row counts may differ between requests.
+        rows: rows of every call; the last is padded by repeating its first row.
+
+    Returns:
+        One tensor per request, with its own rows.
+    """
+    sizes = [len(request[0]) for request in columns]
+    inputs = [torch.cat(tensors) for tensors in zip(*columns, strict=True)]
+    if padding := -sum(sizes) % rows:
+        inputs = [
+            torch.cat([tensor, tensor[:1].detach().expand(padding, *tensor.shape[1:])])
+            for tensor in inputs
+        ]
+    # Kernels are chosen by memory format, which cat takes from its inputs: one format for all.
+    inputs = [tensor.contiguous() for tensor in inputs]
+    calls = zip(*(tensor.split(rows) for tensor in inputs), strict=True)
+    outputs = torch.cat([function(*call) for call in calls])
+    return list(outputs.split([*sizes, padding])[: len(sizes)])
+
+
+def condition_values(request: Denoise | Sample) -> list[Tensor]:
+    """The tensors of a request's condition, in the order of their names."""
+    return list((request.condition or {}).values())
+
+
+def num_rows(request: Denoise | Sample | Embed) -> int:
+    """Rows that a request asks for."""
+    return len(request.noise if isinstance(request, Sample) else request.latents)
+
+
+def needs_grad(request: Denoise | Sample) -> bool:
+    """Whether the answer keeps its graph."""
+    main = request.noise if isinstance(request, Sample) else request.latents
+    return main.requires_grad or any(value.requires_grad for value in condition_values(request))
+
+
+def signature(request: Denoise | Sample | Embed) -> tuple[Any, ...]:
+    """Requests with the same signature can share a network call."""
+    if isinstance(request, Embed):
+        return (Embed, request.latents.shape[1:])
+    main = request.noise if isinstance(request, Sample) else request.latents
+    condition = tuple((k, v.shape[1:], v.dtype) for k, v in (request.condition or {}).items())
+    sampler = request.sampler if isinstance(request, Sample) else None
+    return (type(request), sampler, main.shape[1:], main.dtype, condition, needs_grad(request))

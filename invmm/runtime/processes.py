@@ -1,0 +1,49 @@
+"""The processes of a Lightning trainer: how they are started, and that all of them end."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from invmm.runtime.trainer import TrainerSettings
+
+EXIT_DONE, EXIT_INCOMPLETE = 0, 3
+
+WORKER_DEATHS = (ProcessExitedException, ProcessRaisedException)
+"""What a parent sees of a worker that was killed or raised."""
+
+
+def trainer_options(settings: TrainerSettings) -> dict[str, Any]:
+    """Options of `pl.Trainer` that measuring and training share; quiets its advice, too."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    return {
+        "accelerator": settings.accelerator,
+        "devices": settings.devices,
+        "strategy": "ddp_spawn" if settings.devices > 1 else "auto",
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
+    }
+
+
+@contextmanager
+def no_process_left(trainer: pl.Trainer) -> Iterator[None]:
+    """Ends all workers when the block ends, however it ends."""
+    try:
+        yield
+    finally:
+        for process in getattr(trainer.strategy.launcher, "procs", []):
+            process.terminate()
+            process.join(timeout=10)
+            process.kill()
+
+
+def last_line(error: BaseException) -> str:
+    """The message of an error without the traceback that a worker's carries."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
