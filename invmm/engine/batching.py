@@ -43,7 +43,7 @@ def condition_values(request: Denoise | Sample) -> list[Tensor]:
     return list((request.condition or {}).values())
 
 
-def num_rows(request: Denoise | Sample | Embed) -> int:
+def num_rows(request: Any) -> int:
     """Rows that a request asks for."""
     return len(request.noise if isinstance(request, Sample) else request.latents)
 
@@ -54,7 +54,7 @@ def needs_grad(request: Denoise | Sample) -> bool:
     return main.requires_grad or any(value.requires_grad for value in condition_values(request))
 
 
-def signature(request: Denoise | Sample | Embed) -> tuple[Any, ...]:
+def signature(request: Any) -> tuple[Any, ...]:
     """Requests with the same signature can share a network call."""
     if isinstance(request, Embed):
         return (Embed, request.latents.shape[1:])
