@@ -19,8 +19,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)  ## train a small model with planted copies and find what it memorized (ten minutes)
-	$(VENV)/bin/invmm-train experiment=demo_model
-	$(VENV)/bin/invmm experiment=demo
+	bash experiments/demo/run.sh
 
 test: $(READY)  ## the quick tests (under ten minutes on two cores)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not slow"
@@ -37,7 +36,7 @@ format: $(READY)  ## let ruff rewrite the code
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(READY)  ## run experiments/bench, if there is one
+bench: $(READY)  ## time the engine (about two minutes, nothing else running)
 	@$(MAKE) --no-print-directory study STUDY=bench
 
 study: $(READY)  ## make study STUDY=name: run experiments/name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -10,7 +11,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from invmm import __version__
+
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +41,23 @@ class Command:
 
     def main(self) -> None:
         """Entry point of the console script."""
-        sys.exit(self.run(sys.argv[1:]))
+        try:
+            sys.exit(self.run(sys.argv[1:]))
+        except KeyboardInterrupt:
+            sys.exit(EXIT_INTERRUPTED)
 
     def run(self, arguments: list[str]) -> int:
         """Runs the command and returns its exit code."""
         if {"-h", "--help"} & set(arguments):
             print(self._help())
             return 0
-        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-        from hydra._internal.utils import get_args_parser
-
-        flags = get_args_parser().parse_args(arguments)
+        parser = argparse.ArgumentParser(
+            self.name, usage=f"{self.name} [--multirun] [KEY=VALUE ...]"
+        )
+        parser.add_argument("-m", "--multirun", action="store_true")
+        parser.add_argument("--version", action="version", version=f"invmm {__version__}")
+        parser.add_argument("overrides", nargs="*")
+        flags = parser.parse_intermixed_args(arguments)
         checked = self._checked_jobs(flags.overrides, multirun=flags.multirun)
         if checked is None:
             return EXIT_USER_ERROR
@@ -56,7 +66,7 @@ class Command:
                 if code := self._guarded(lambda r=recipes, c=config: _print(self.dry_run(r, c))):
                     return code
             return 0
-        return self._run_hydra()
+        return self._run_hydra(flags.overrides, multirun=flags.multirun)
 
     def _checked_jobs(
         self, overrides: list[str], *, multirun: bool
@@ -76,7 +86,8 @@ class Command:
                 by_fault.setdefault(fault, []).append(" ".join(job))
         if not general and not by_fault:
             return checked
-        print(f"{self.name}: {len(general) + len(by_fault)} faults", file=sys.stderr)
+        total = len(general) + len(by_fault)
+        print(f"{self.name}: {total} fault{'s' if total > 1 else ''}", file=sys.stderr)
         for fault in general:
             print(f"  {fault}", file=sys.stderr)
         for fault, where in by_fault.items():
@@ -84,12 +95,13 @@ class Command:
             print(f"  {fault}{only}", file=sys.stderr)
         return None
 
-    def _run_hydra(self) -> int:
+    def _run_hydra(self, overrides: list[str], *, multirun: bool) -> int:
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         import hydra
         from hydra.core.hydra_config import HydraConfig
         from omegaconf import DictConfig
 
-        from invmm.cli.compose import digest_of, plain, resolvers
+        from invmm.cli.compose import digest_of, permissive, plain, resolvers
 
         codes: list[int] = []
 
@@ -102,6 +114,7 @@ class Command:
             if code > 128:  # a signal ends the sweep, not the job alone
                 sys.exit(code)
 
+        sys.argv = [self.name, *(["--multirun"] if multirun else []), *permissive(overrides)]
         with resolvers():
             hydra.main("pkg://invmm.conf", self.config_name, version_base="1.3")(job)()
         return max(codes, default=0)

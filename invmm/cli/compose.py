@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,8 +13,9 @@ from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -34,20 +36,22 @@ def groups() -> dict[str, list[str]]:
 
 
 def jobs(overrides: Sequence[str], *, multirun: bool, faults: list[str]) -> list[list[str]]:
-    """The overrides of each job of a sweep, or of the one job."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except OverrideParseException as error:
-        faults.append(f"{error.override} cannot be read: {_first_line(error)}")
-        return []
-    if multirun:
-        return [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
-    for override in parsed:
-        if override.is_sweep_override():
-            faults.append(
-                f"{override.input_line} names several values; add --multirun to run one job each"
-            )
-    return [list(overrides)] if not faults else []
+    """The overrides of each job of a sweep, or of the one job; unreadable ones are left out."""
+    with initialize_config_module(CONF, version_base="1.3"):
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        split: list[list[str]] = []
+        for text in overrides:
+            try:
+                override = parser.parse_overrides([text])[0]
+                values = [job[0] for job in BasicSweeper.split_arguments([override], None)[0]]
+            except HydraException as error:
+                faults.append(f"'{text}' cannot be read: {_first_line(error)}")
+                continue
+            if override.is_sweep_override() and not multirun:
+                faults.append(f"{text} names several values; add --multirun to run one job each")
+                continue
+            split.append(values if multirun else [text])
+    return [list(job) for job in itertools.product(*split)]
 
 
 def compose_job(config_name: str, overrides: Sequence[str], faults: list[str]) -> dict[str, Any]:
@@ -56,20 +60,24 @@ def compose_job(config_name: str, overrides: Sequence[str], faults: list[str]) -
     Keys that no group knows are let in here, for the check against the classes to find them all.
     """
     known = groups()
-    accepted = []
-    for override in overrides:
-        fault = _group_fault(override, known)
-        if fault:
-            faults.append(fault)
-        else:
-            accepted.append(_permissive(override, known))
+    faulty = {override: fault for override in overrides if (fault := _group_fault(override, known))}
+    faults += faulty.values()
+    accepted = permissive([override for override in overrides if override not in faulty])
     try:
         with initialize_config_module(CONF, version_base="1.3"):
             config = compose(config_name, accepted)
         return plain(config)
-    except (HydraException, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
+        faults.append(f"{error.full_key or 'the config'} does not resolve: {_first_line(error)}")
+    except HydraException as error:
         faults.append(_first_line(error))
-        return {}
+    return {}
+
+
+def permissive(overrides: Sequence[str]) -> list[str]:
+    """Overrides that may add keys: what is no key is the check's to say, with all else."""
+    known = groups()
+    return [_permissive(override, known) for override in overrides]
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -113,11 +121,11 @@ def _group_fault(override: str, known: Mapping[str, list[str]]) -> str | None:
     """Whether an override names an option that its group does not have."""
     name, _, option = override.lstrip("+").partition("=")
     options = known.get(name.partition("@")[0])
-    if options is None or option in (*options, "null"):
+    if options is None or option in options or override.startswith("~"):
         return None
     near = difflib.get_close_matches(option, options, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{name}={option} is not an option; {hint}There are {', '.join(options)}"
+    hint = f"did you mean {near[0]}? There are" if near else "there are"
+    return f"{name}={option} is not an option; {hint} {', '.join(options)}"
 
 
 def _permissive(override: str, known: Mapping[str, list[str]]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import yaml
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Lt, MinLen
 
 from invmm.cli.compose import digest_of
 from invmm.cli.schema import build
@@ -38,8 +38,8 @@ class MeasureConfig:
     trainer: TrainerSettings
     logger: RunLog
     seed: Annotated[int, Ge(0)]
-    out: str
-    run_dir: str | None
+    out: Annotated[str, MinLen(1)]
+    run_dir: Annotated[str, MinLen(1)] | None
     retry_failed: bool
     dry_run: bool
 
@@ -53,8 +53,8 @@ class TrainConfig:
     training: TrainingSettings
     trainer: TrainerSettings
     seed: Annotated[int, Ge(0)]
-    out: str
-    run_dir: str | None
+    out: Annotated[str, MinLen(1)]
+    run_dir: Annotated[str, MinLen(1)] | None
     dry_run: bool
 
 
@@ -71,9 +71,15 @@ class ThresholdConfig:
 
 def check_measure(config: Mapping[str, Any], faults: list[str]) -> MeasureConfig | None:
     """Builds the recipes of `invmm` and lists every fault within and between them."""
-    if config.get("measurement") == config.get("inversion"):
+    measurement = config.get("measurement")
+    if isinstance(measurement, Mapping) and "_target_" not in measurement:
+        # Keys given to what is only a reference take its place.
+        faults += [
+            f"measurement.{name} is read only; give inversion.{name}" for name in measurement
+        ]
+        config = {**config, "measurement": config["inversion"]}
+    if "measurement" in config and config["measurement"] == config.get("inversion"):
         # One and the same node: name its faults once, by the key that a person types.
-        config = {**config, "measurement": {**config["inversion"]}}
         inner: list[str] = []
         recipes = build(MeasureConfig, config, "", inner)
         faults += [fault for fault in inner if not fault.startswith("measurement.")]

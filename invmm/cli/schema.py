@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import get_protocol_members
 
 ROOMS = (
     "diffusion",
@@ -30,13 +31,14 @@ ROOMS = (
 """Rooms of the package whose dataclasses a config may name."""
 _TARGET = re.compile(rf"invmm\.({'|'.join(ROOMS)})(\.[a-z_]\w*)+\.[A-Z]\w*")
 _MISSING = "???"
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class NotBuilt(Exception):
     """A node has faults and could not be built."""
 
 
-def build(expected: Any, config: Any, key: str, faults: list[str]) -> Any:
+def build(expected: type, config: Any, key: str, faults: list[str]) -> Any:
     """Builds the object that a node describes.
 
     Args:
@@ -55,13 +57,14 @@ def build(expected: Any, config: Any, key: str, faults: list[str]) -> Any:
         return None
 
 
-def _build(expected: Any, config: Any, key: str, faults: list[str]) -> Any:
+def _build(expected: type, config: Any, key: str, faults: list[str]) -> Any:
     if not isinstance(config, Mapping):
-        faults.append(f"{key}={_shown(config)} is not a group of settings; choose {key}=OPTION")
+        cure = f"{key}.KEY=VALUE" if dataclasses.is_dataclass(expected) else f"{key}._target_=CLASS"
+        faults.append(f"{key}={_shown(config)} is not a group of settings; give {cure}")
         raise NotBuilt
     node_class: Any
     if "_target_" in config:
-        node_class = _target(config["_target_"], key, faults)
+        node_class = _target(expected, config["_target_"], key, faults)
     elif dataclasses.is_dataclass(expected):
         node_class = expected
     else:
@@ -71,12 +74,13 @@ def _build(expected: Any, config: Any, key: str, faults: list[str]) -> Any:
     hints = get_type_hints(node_class, include_extras=True)
     values: dict[str, Any] = {}
     faulty: list[str] = []
+    listed = len(faults)
     for name, value in config.items():
         if name == "_target_":
             continue
         path = f"{key}.{name}".lstrip(".")
         if name not in fields:
-            faults.append(_unknown(path, name, fields))
+            faults.append(_unknown(path, name, value, fields))
             continue
         try:
             values[name] = _value(hints[name], value, path, faults)
@@ -84,7 +88,8 @@ def _build(expected: Any, config: Any, key: str, faults: list[str]) -> Any:
             faulty.append(name)
     for name, field in fields.items():
         if name not in config and _is_required(field):
-            faults.append(f"{key}.{name} is missing; give {key}.{name}=VALUE".lstrip("."))
+            path = f"{key}.{name}".lstrip(".")
+            faults.append(f"{path} is missing; give {path}=VALUE")
             faulty.append(name)
     if any(_is_required(fields[name]) for name in faulty):
         raise NotBuilt
@@ -94,13 +99,7 @@ def _build(expected: Any, config: Any, key: str, faults: list[str]) -> Any:
         if not any(f".{name}=" in str(error) for name in faulty):
             faults.append(str(error))
         raise NotBuilt from None
-    if faulty:
-        raise NotBuilt
-    if isinstance(expected, type) and not isinstance(built, expected):
-        faults.append(
-            f"{key}._target_={config.get('_target_')} is not a {expected.__name__}; choose "
-            f"another {key}=OPTION"
-        )
+    if len(faults) > listed:
         raise NotBuilt
     return built
 
@@ -110,21 +109,24 @@ def _value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
         faults.append(f"{path} is missing; give {path}=VALUE")
         raise NotBuilt
     node = _node_type(hint)
-    if node is not None and isinstance(value, Mapping):
-        return _build(node, value, path, faults)
+    if node is not None:
+        is_optional = type(None) in getattr(hint, "__args__", ())
+        return None if value is None and is_optional else _build(node, value, path, faults)
     try:
-        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, strict=True))
-        return adapter.validate_python(value)
+        return TypeAdapter(hint, config=_STRICT).validate_python(value)
     except ValidationError as error:
         for detail in error.errors():
             where = ".".join((path, *(str(part) for part in detail["loc"] if part in _keys(value))))
-            advice = detail["msg"].replace("Input should", "it should")
-            faults.append(f"{where}={_shown(detail['input'])} is not possible: {advice}")
+            shown = _shown(detail["input"])
+            advice = re.sub(r"^(Input|String) should", "it should", detail["msg"])
+            if detail["type"] == "string_type" and isinstance(value, int | float):
+                advice += f"; in quotes it is one: '{where}=\"{shown}\"'"
+            faults.append(f"{where}={shown} is not possible: {advice}")
         raise NotBuilt from None
 
 
-def _target(name: Any, key: str, faults: list[str]) -> type[Any]:
-    """The dataclass that a `_target_` names, if a config may name it."""
+def _target(expected: type, name: Any, key: str, faults: list[str]) -> type[Any]:
+    """The dataclass that a `_target_` names, if a config may name it here."""
     where = f"{key}._target_={_shown(name)}".lstrip(".")
     if not isinstance(name, str) or not _TARGET.fullmatch(name):
         faults.append(f"{where} is not allowed; it must be a settings class of invmm")
@@ -135,10 +137,22 @@ def _target(name: Any, key: str, faults: list[str]) -> type[Any]:
     except (ModuleNotFoundError, AttributeError):
         faults.append(f"{where} does not exist; choose {key}=OPTION")
         raise NotBuilt from None
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+    is_settings_class = isinstance(found, type) and dataclasses.is_dataclass(found)
+    if not is_settings_class or found.__module__ != module:
         faults.append(f"{where} is not allowed; it must be a settings class of invmm")
         raise NotBuilt
+    if not _is_kind(found, expected):
+        faults.append(f"{where} is no {expected.__name__}; choose another {key}=OPTION")
+        raise NotBuilt
     return found
+
+
+def _is_kind(found: type[Any], expected: type) -> bool:
+    """Whether a dataclass is what a key expects, told before it is built."""
+    if not getattr(expected, "_is_protocol", False):
+        return issubclass(found, expected)
+    fields = {field.name for field in dataclasses.fields(found)}
+    return all(name in fields or hasattr(found, name) for name in get_protocol_members(expected))
 
 
 def _node_type(hint: Any) -> type | None:
@@ -151,10 +165,10 @@ def _node_type(hint: Any) -> type | None:
     return None
 
 
-def _unknown(path: str, name: str, known: Mapping[str, Any]) -> str:
+def _unknown(path: str, name: str, value: Any, known: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     cure = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-    return f"{path} is not a key; {cure}"
+    return f"{path}={_shown(value)} is not a key; {cure}"
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

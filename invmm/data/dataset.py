@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -108,7 +109,7 @@ def select(
             out.
 
     Raises:
-        ValueError: an id that is not there.
+        ValueError: an id that is not there, or nothing is left to measure.
     """
     if ids is not None:
         by_id = {entry.image_id: entry for entry in entries}
@@ -117,7 +118,7 @@ def select(
                 near = difflib.get_close_matches(image_id, by_id, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ValueError(f"dataset.ids names {image_id}, which is not in the set{hint}")
-        entries = [by_id[image_id] for image_id in ids]
+        return [by_id[image_id] for image_id in ids]
     if take is None:
         return list(entries)
     left = dict(take)
@@ -126,17 +127,27 @@ def select(
         if entry.group and left.get(entry.group, 0) > 0:
             left[entry.group] -= 1
             chosen.append(entry)
+    if not chosen:
+        raise ValueError(
+            f"dataset.take={dict(take)} leaves no image: it needs images whose numbers of copies "
+            "are known; use dataset.take=null to measure all"
+        )
     return chosen
 
 
 def check_selection(ids: Sequence[str] | None, take: Mapping[str, int] | None) -> None:
-    """Refuses contradictory selections.
+    """Refuses empty and contradictory selections.
 
     Raises:
         ValueError: naming the key.
     """
     if ids is not None and take is not None:
         raise ValueError("dataset.ids and dataset.take exclude each other; give one of them")
+    if ids is not None and not ids:
+        raise ValueError("dataset.ids=[] leaves no image; use dataset.ids=null to measure all")
+    for image_id, count in Counter(ids).items():
+        if count > 1:
+            raise ValueError(f"dataset.ids names {image_id} {count} times; name it once")
     groups = ("duplicated", "single", "held_out")
     for group, count in (take or {}).items():
         if group not in groups:

@@ -10,18 +10,8 @@ import torch
 
 
 def planted(ids: Sequence[str], copies: Sequence[int]) -> dict[str, int]:
-    """The first images get these numbers of copies, all others one.
-
-    Raises:
-        ValueError: more numbers than images, or one below 1.
-    """
-    if len(copies) > len(ids):
-        raise ValueError(
-            f"dataset.copies has {len(copies)} numbers for {len(ids)} training images; give at "
-            "most one an image"
-        )
-    if any(count < 1 for count in copies):
-        raise ValueError(f"dataset.copies={list(copies)} has a number below 1")
+    """The first images get these numbers of copies, all others one."""
+    assert len(copies) <= len(ids)
     return {**dict.fromkeys(ids, 1), **dict(zip(ids, copies, strict=False))}
 
 
@@ -39,18 +29,20 @@ def read_plan(path: Path) -> dict[str, int]:
     """
     plan: dict[str, int] = {}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            if set(reader.fieldnames or ()) != {"image_id", "copies"}:
+            if sorted(reader.fieldnames or ()) != ["copies", "image_id"]:
                 raise ValueError(f"{path}: the columns must be image_id and copies")
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 image_id, copies = row["image_id"], row["copies"]
                 if not image_id or image_id in plan:
                     raise ValueError(f"{where}: image_id {image_id!r} is empty or stands twice")
-                if not (copies or "").strip().isdecimal():
-                    raise ValueError(f"{where}: copies={copies} is not a number of copies")
+                if None in row or not (copies or "").strip().isdecimal():
+                    raise ValueError(f"{where}: not an image_id and a number of copies")
                 plan[image_id] = int(copies)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    if not plan:
+        raise ValueError(f"{path} names no image; give a line with image_id and copies for each")
     return plan

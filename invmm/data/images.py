@@ -1,8 +1,9 @@
 """From the bytes of an image file to pixels, or to one line that says why not.
 
 What counts as the picture: the first frame, turned as its EXIF says, alpha over white, converted
-to RGB. Resizing: the shorter side to the target by Lanczos with antialiasing, then the centre
-square ("crop"); or both sides ("squash"); or the longer side, on white ("pad").
+to RGB; colour profiles are ignored, as training pipelines do. Resizing: the shorter side to the
+target by Lanczos with antialiasing, then the centre square ("crop"); or both sides ("squash"); or
+the longer side, on white ("pad").
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ MAX_PIXELS = 100_000_000
 """Larger images are not decoded: a decompression bomb says in its header how large it is."""
 MIN_SIDE = 4
 """Smaller images are refused: nothing could be recognised in them."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO", "TGA")
+"""What is opened, whatever the name says: Pillow would run a program on PostScript."""
 
 
 def read_bytes(path: Path) -> bytes:
@@ -82,13 +85,13 @@ def decode(content: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(content))
+            image = Image.open(io.BytesIO(content), formats=_decodable())
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(
                     f"the image claims {image.width}x{image.height} pixels, over {MAX_PIXELS}"
                 )
             image.load()
-            return _as_rgb(ImageOps.exif_transpose(image))
+            return _as_rgb(_upright(image))
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -104,12 +107,28 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def _decodable() -> list[str]:
+    """Those of the formats that this build of Pillow has."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF, at which Pillow raises anything; the picture itself is whole
+        return image
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
-        values = np.asarray(image, dtype=np.float64)
-        if values.max(initial=0) > 65535 or values.min(initial=0) < 0:
+        values = np.asarray(image)
+        if values.max() > 65535 or values.min() < 0:
             raise ImageError("an integer image beyond 16 bits has no defined brightness")
-        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+        if (transparent := image.info.get("transparency")) is not None:
+            values = np.where(values == transparent, 65535, values)
+        nearest = (values.astype(np.uint32) + 128) // 257
+        return Image.fromarray(nearest.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ImageError("a floating-point image has no defined brightness")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -126,5 +145,10 @@ def _resized(image: Image.Image, size: int, resize: Resize) -> Image.Image:
     if resize == "crop":
         return ImageOps.fit(image, (size, size), method)
     if resize == "pad":
-        return ImageOps.pad(image, (size, size), method, color=(255, 255, 255))
+        # Not ImageOps.pad, which fails where the shorter side would round to nothing.
+        width, height = (max(1, round(side * size / max(image.size))) for side in image.size)
+        square = Image.new("RGB", (size, size), "white")
+        corner = ((size - width) // 2, (size - height) // 2)
+        square.paste(image.resize((width, height), method), corner)
+        return square
     return image.resize((size, size), method)

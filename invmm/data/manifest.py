@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,12 +55,21 @@ class TrainingManifest:
             if content["schema_version"] != SCHEMA_VERSION:
                 raise ValueError(f"its schema_version is {content['schema_version']}")
             entries = tuple(ManifestEntry(**entry) for entry in content["entries"])
-            manifest = cls(entries=entries, source=content["source"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            manifest, digest = cls(entries=entries, source=content["source"]), content["digest"]
+        except KeyError as error:
+            raise ValueError(f"{path} is not a training manifest: it has no {error}") from error
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not a training manifest: {error}") from error
-        if manifest.digest != content["digest"]:
+        if manifest.digest != digest:
             raise ValueError(f"{path} was altered: its digest does not match its entries")
         return manifest
+
+    def copies_by_sha256(self) -> Counter[str]:
+        """How often each content stands in the training set, under whatever ids."""
+        copies: Counter[str] = Counter()
+        for entry in self.entries:
+            copies[entry.sha256] += entry.copies
+        return copies
 
     @property
     def digest(self) -> str:

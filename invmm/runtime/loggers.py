@@ -110,6 +110,7 @@ class WandbLog:
                 tags=self.tags,
                 dir=str(run_dir),
                 config=dict(config),
+                settings={"quiet": True},
             )
         except wandb.Error as error:
             raise ValueError(

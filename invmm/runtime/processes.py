@@ -15,14 +15,17 @@ from invmm.runtime.trainer import TrainerSettings
 
 EXIT_DONE, EXIT_INCOMPLETE = 0, 3
 
+# Spawned workers import this module before Lightning starts to talk in them.
+for _name in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", module="pytorch_lightning")
+
 WORKER_DEATHS = (ProcessExitedException, ProcessRaisedException)
 """What a parent sees of a worker that was killed or raised."""
 
 
 def trainer_options(settings: TrainerSettings) -> dict[str, Any]:
-    """Options of `pl.Trainer` that measuring and training share; quiets its advice, too."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    """Options of `pl.Trainer` that measuring and training share."""
     return {
         "accelerator": settings.accelerator,
         "devices": settings.devices,

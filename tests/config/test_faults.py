@@ -1,0 +1,192 @@
+"""What a person sees who made mistakes: all of them at once, before anything heavy."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import tiny
+
+from invmm.cli import measure, threshold, train
+
+
+def run(arguments, tmp_path, module="measure"):
+    return tiny.invmm([sys.executable, "-m", f"invmm.cli.{module}", *arguments], cwd=tmp_path)
+
+
+@pytest.fixture
+def faults(inputs, capsys):
+    """(overrides) -> lines below the headline, from the command run in this process."""
+
+    def of(*overrides, command=measure.COMMAND, given=inputs):
+        assert command.run([*given, *overrides]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        headline, *lines = shown.err.splitlines()
+        plural = "" if len(lines) == 1 else "s"
+        assert headline == f"{command.name}: {len(lines)} fault{plural}"
+        return [line.strip() for line in lines]
+
+    return of
+
+
+def test_four_mistakes_are_listed_in_one_go(inputs, tmp_path):
+    mistakes = ["inversion.num_stepz=3", "sampler.eta=two", "sampler=ddmi", "seed=-1"]
+    result = run([*inputs, *mistakes], tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "invmm: 4 faults",
+        "  sampler=ddmi is not an option; did you mean ddpm? There are ddim, ddpm, dpmsolver, "
+        "euler, heun, unipc",
+        "  sampler.eta=two is not possible: it should be a valid number",
+        "  inversion.num_stepz=3 is not a key; did you mean num_steps?",
+        "  seed=-1 is not possible: it should be greater than or equal to 0",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_faults_load_nothing_heavy(inputs, tmp_path):
+    script = (
+        "import sys; from invmm.cli.measure import COMMAND\n"
+        f"code = COMMAND.run({[*inputs, 'seed=x']!r})\n"
+        "heavy = {'diffusers', 'transformers', 'pytorch_lightning', 'onnxruntime', 'pandas', "
+        "'matplotlib', 'scipy', 'sklearn', 'wandb', 'resvg_py'}\n"
+        "print(code, sorted(heavy & set(sys.modules)))"
+    )
+    result = tiny.invmm([sys.executable, "-c", script], cwd=tmp_path)
+    assert result.stdout == "2 []\n"
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_unknown_keys_are_found_however_they_are_given(prefix, faults):
+    assert faults(f"{prefix}seeed=3", f"{prefix}sampler.etta=0", f"{prefix}inversion.x.y=1") == [
+        "sampler.etta=0 is not a key; did you mean eta?",
+        "inversion.x={'y': 1} is not a key; known are check_every, check_prior, kl_weight, "
+        "learning_rate, num_steps, objective",
+        "seeed=3 is not a key; did you mean seed?",
+    ]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), [
+    (["inversion.num_steps=20", "inversion.check_every=50"],
+     "inversion.num_steps=20 never reaches a replication check; use at least "
+     "inversion.check_every=50"),
+    (["sampler.num_inference_steps=2000"],
+     "sampler.num_inference_steps=2000 exceeds the model's 1000 training timesteps; use at most "
+     "1000"),
+    (["sampler.num_inference_steps=60"],
+     "sampler.num_inference_steps=60 does not divide the model's 1000 training timesteps, as DDIM "
+     "needs; use 50"),
+    (["replication.threshold=1.5"],
+     "replication.threshold=1.5 is not possible: it should be less than or equal to 1"),
+    (["replication.threshold=-2"],
+     "replication.threshold=-2 is not possible: it should be greater than or equal to -1"),
+    (["dataset.size=16"], "dataset.size=16 is not the model's 8; use dataset.size=null"),
+    (["dataset.ids=[a.png]", "dataset.take={single: 1}"],
+     "dataset.ids and dataset.take exclude each other; give one of them"),
+    (["sampler=euler", "sampler.eta=0.5"],
+     "sampler.eta=0.5 has no meaning for sampler.scheduler=euler; use sampler=ddim or "
+     "sampler.eta=0"),
+    (["measurement.num_steps=30"], "measurement.num_steps is read only; give inversion.num_steps"),
+    (["model=unet_tiny"],
+     "model._target_=invmm.models.architectures.UNet is no ModelRecipe; choose another "
+     "model=OPTION"),
+    (["out="], "out= is not possible: it should have at least 1 character"),
+    (["run_dir=2024"],
+     "run_dir=2024 is not possible: it should be a valid string; in quotes it is one: "
+     "'run_dir=\"2024\"'"),
+    (["model=null"], "model=null is not an option; there are pixel, unet_cifar10, unet_tiny"),
+    (["experiment=dmo"], "experiment=dmo is not an option; did you mean demo? There are demo, "
+                         "demo_model, paper_ddpm"),
+    (["engine=3"], "engine=3 is not a group of settings; give engine.KEY=VALUE"),
+    (["~seed"], "seed is missing; give seed=VALUE"),
+    (["~sampler"], "sampler is missing; give sampler=VALUE"),
+    (["seed=0,1"], "seed=0,1 names several values; add --multirun to run one job each"),
+    (["seed=${nope}"], "seed does not resolve: Interpolation key 'nope' not found"),
+])  # fmt: skip
+def test_each_contradiction_is_named_with_its_cure(overrides, expected, faults):
+    assert faults(*overrides) == [expected]
+
+
+def test_a_missing_value_is_asked_for(faults):
+    assert faults(given=["dataset=folder"]) == [
+        "model.path is missing; give model.path=VALUE",
+        "dataset.path is missing; give dataset.path=VALUE",
+    ]
+
+
+def test_a_model_that_is_not_there_is_named_beside_other_faults(faults, images, tmp_path):
+    given = [f"model.path={tmp_path}/nowhere", "dataset=folder", f"dataset.path={images}", "seed=x"]
+    found = faults(given=given)
+    assert found[0] == "seed=x is not possible: it should be a valid integer"
+    assert len(found) == 2
+    assert found[1].startswith(f"model.path={tmp_path}/nowhere ")
+
+
+@pytest.mark.parametrize("target", [
+    "os.system", "torch.load", "pathlib.Path", "invmm.cli.measure.main",
+])  # fmt: skip
+@pytest.mark.parametrize("node", ["model", "inversion.kl_weight", "replication.similarity"])
+def test_a_foreign_target_is_refused(node, target, faults):
+    assert faults(f"{node}._target_={target}") == [
+        f"{node}._target_={target} is not allowed; it must be a settings class of invmm"
+    ]
+
+
+def test_a_sweep_lists_the_faults_of_all_its_jobs(faults):
+    sweep = ["sampler=ddim,nope", "seed=0,x", "inversion.num_stepz=1"]
+    found = faults("--multirun", *sweep, given=[])
+    assert found == [
+        "model.path is missing; give model.path=VALUE",
+        "inversion.num_stepz=1 is not a key; did you mean num_steps?",
+        "seed=x is not possible: it should be a valid integer   "
+        "[job sampler=ddim seed=x inversion.num_stepz=1]",
+        "sampler=nope is not an option; did you mean unipc? There are ddim, ddpm, dpmsolver, "
+        "euler, heun, unipc   [job sampler=nope seed=0 inversion.num_stepz=1]",
+    ]
+
+
+def test_the_other_commands_list_theirs(faults):
+    assert faults(
+        "training.num_steps=0", "model.image_sise=3", "dataset.size=32", "training.export_steps=[0]",
+        command=train.COMMAND, given=[],
+    ) == [
+        "model.image_sise=3 is not a key; did you mean image_size?",
+        "training.num_steps=0 is not possible: it should be greater than or equal to 1",
+        "dataset.size=32 is not the model's 16; use dataset.size=null",
+    ]  # fmt: skip
+    assert faults("allowed_rate=0", "image_size=0", command=threshold.COMMAND, given=[]) == [
+        "image_size=0 is not possible: it should be greater than or equal to 1",
+        "allowed_rate=0 is not possible: it should be greater than 0",
+    ]
+
+
+def test_flags_that_are_none_end_in_a_usage_line(tmp_path):
+    result = run(["--cfg", "job"], tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("usage: invmm [--multirun] [KEY=VALUE ...]")
+
+
+def test_what_only_the_run_can_find_is_one_line_too(inputs, tmp_path):
+    given = [*inputs[:2], f"dataset.path={tmp_path}/nowhere", "replication=correlation"]
+    result = run(given, tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"invmm: dataset.path={tmp_path}/nowhere ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_collecting_from_nothing_is_a_fault(tmp_path):
+    result = run([str(tmp_path)], tmp_path, "collect")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"invmm-collect: {tmp_path} holds no records\n"
+
+
+def test_an_interrupted_check_leaves_no_traceback(monkeypatch):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(measure.COMMAND), "run", lambda self, arguments: interrupt(arguments))
+    with pytest.raises(SystemExit) as end:
+        measure.main()
+    assert end.value.code == 130

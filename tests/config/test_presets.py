@@ -1,0 +1,138 @@
+"""Every preset in conf/ composes, binds to its class and dry-runs."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+
+import pytest
+import yaml
+
+from invmm.cli import measure, threshold, train
+from invmm.cli.compose import compose_job, groups
+from invmm.inversion.controllers import AdaptiveKLWeight, FixedKLWeight
+
+CONF = files("invmm.conf")
+PRESETS = [(group, option) for group, options in groups().items() for option in options]
+TRAINED = {("model", "unet_tiny"), ("model", "unet_cifar10"), ("experiment", "demo_model")}
+OWN_NEEDS = {
+    ("replication", "sscd_torchscript"): ["replication.similarity.path=sscd.pt"],
+}
+
+
+def command_of(group, option):
+    is_training = group == "training" or (group, option) in TRAINED
+    return train.COMMAND if is_training else measure.COMMAND
+
+
+def overrides_for(group, option, model, images):
+    given = [f"{group}={option}", *OWN_NEEDS.get((group, option), [])]
+    if command_of(group, option) is measure.COMMAND:
+        given.append(f"model.path={model}")
+        if group not in ("dataset", "experiment"):
+            given.append("dataset=folder")
+    if "dataset=folder" in given:
+        given.append(f"dataset.path={images}")
+    return given
+
+
+@pytest.mark.parametrize(("group", "option"), PRESETS)
+def test_every_preset_dry_runs(group, option, model, images, every_icon, capsys, tmp_path):
+    overrides = [*overrides_for(group, option, model, images), f"run_dir={tmp_path}/run"]
+    code = command_of(group, option).run([*overrides, "dry_run=true"])
+    shown = capsys.readouterr()
+    assert (code, shown.err) == (0, "")
+    text, _, facts = shown.out.partition("\n\n")
+    assert yaml.safe_load(text)["dry_run"] is True
+    assert re.search(r"^(training )?images: [1-9]\d*", facts, re.MULTILINE)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("group", "option"), PRESETS)
+def test_a_preset_binds_to_the_class_that_it_names(group, option, model, images):
+    node = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
+    if "_target_" not in node:
+        return
+    command, faults = command_of(group, option), []
+    config = compose_job(command.config_name, overrides_for(group, option, model, images), faults)
+    built = getattr(command.check(config, faults), group)
+    assert faults == []
+    assert f"{type(built).__module__}.{type(built).__name__}" == node["_target_"]
+    for name, value in node.items():
+        if name != "_target_" and value != "???" and not isinstance(value, dict):
+            assert config[group][name] == value or (group, name) == ("model", "path")
+
+
+@pytest.mark.parametrize(("group", "option"), PRESETS)
+def test_a_preset_opens_with_its_command(group, option):
+    first, second = (CONF / group / f"{option}.yaml").read_text().splitlines()[:2]
+    line = second if first.startswith("# @package") else first
+    assert re.match(rf"# .*\b{group}={option}\b.*", line)
+
+
+@pytest.mark.parametrize(("option", "expected"), [
+    ("paper_ddpm", (2000, 0.1, 50, 32, 1e-4)), ("paper_ldm", (2000, 0.1, 10, 16, 5e-4)),
+    ("paper_sd", (2000, 0.1, 50, 16, 1e-3)),
+])  # fmt: skip
+def test_the_published_values(option, expected, model, images):
+    config = compose_job("measure", overrides_for("inversion", option, model, images), [])
+    inversion = measure.COMMAND.check(config, []).measurement
+    weight = inversion.kl_weight
+    assert (
+        inversion.num_steps,
+        inversion.learning_rate,
+        inversion.check_every,
+        inversion.objective.batch_size,
+        weight.increment,
+    ) == expected
+    assert (weight.initial, weight.tolerance, weight.window) == (1.0, 1e-3, 100)
+    assert weight.progress == "total"
+    assert inversion.objective.timesteps == "uniform"
+    assert not inversion.check_prior
+
+
+def test_fixed_differs_from_adaptive_in_the_weight_alone(inputs):
+    def inversion(option):
+        config = compose_job("measure", [*inputs, f"inversion={option}"], [])
+        return config["inversion"], measure.COMMAND.check(config, []).measurement
+
+    adaptive, fixed = inversion("adaptive"), inversion("fixed")
+    assert isinstance(adaptive[1].kl_weight, AdaptiveKLWeight)
+    assert isinstance(fixed[1].kl_weight, FixedKLWeight)
+    assert {k for k in adaptive[0] if adaptive[0][k] != fixed[0][k]} == {"kl_weight"}
+
+
+def test_the_cost_of_the_published_experiment(inputs, capsys):
+    assert measure.COMMAND.run([*inputs, "experiment=paper_ddpm", "dry_run=true"]) == 0
+    facts = capsys.readouterr().out
+    # 2,000 steps of 32, and 40 checks of 8 samples of 200 steps
+    assert "(128,000 and 64,000 an image)" in facts
+    assert "512,000 forward and 256,000 backward" in facts
+    assert "images: 4 of 8x8 pixels" in facts
+
+
+def test_the_demo_takes_the_images_it_promises(model, every_icon, capsys):
+    overrides = ["experiment=demo", f"model.path={model}", "dry_run=true"]
+    assert measure.COMMAND.run(overrides) == 0
+    facts = capsys.readouterr().out
+    assert "images: 28 of 8x8 pixels" in facts
+    assert "run_dir: results/demo\n" in facts
+
+
+def test_a_training_counts_its_copies(every_icon, capsys):
+    assert train.COMMAND.run(["experiment=demo_model", "dry_run=true"]) == 0
+    # 64 icons, twelve of them with 136 copies together
+    assert "training images: 64, 188 with copies" in capsys.readouterr().out
+
+
+def test_the_threshold_dry_runs(images, capsys):
+    overrides = ["dataset=folder", f"dataset.path={images}", "image_size=8", "dry_run=true"]
+    assert threshold.COMMAND.run(overrides) == 0
+    assert capsys.readouterr().out == "4 images, 6 pairs\n"
+
+
+def test_a_dry_run_of_a_sweep_shows_every_job(inputs, capsys):
+    overrides = [*inputs, "inversion.check_every=10,50", "seed=0,1"]
+    assert measure.COMMAND.run(["--multirun", *overrides, "dry_run=true"]) == 0
+    digests = re.findall(r"^config digest: (\w{12})$", capsys.readouterr().out, re.MULTILINE)
+    assert len(set(digests)) == 4

@@ -1,0 +1,161 @@
+"""The harness: which folder a job gets, what runs, and how it ends."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from invmm.cli.command import Command
+from invmm.cli.compose import compose_job, digest_of
+
+GIVEN = ("model.path=m", "dataset=folder", "dataset.path=i")
+
+
+def digest(*overrides: str) -> str:
+    return digest_of(compose_job("measure", [*GIVEN, *overrides], []))
+
+
+@pytest.fixture
+def ran(tmp_path, monkeypatch):
+    """Runs `invmm` in an empty folder with a stand-in for the work; (exit code, jobs)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*overrides: str, work=lambda config: 0) -> tuple[int, list[SimpleNamespace]]:
+        monkeypatch.setattr(sys, "argv", ["invmm"])
+        jobs = []
+
+        def execute(recipes, config, folder: Path, digest: str) -> int:
+            jobs.append(SimpleNamespace(
+                recipes=recipes, config=config, digest=digest,
+                folder=Path(folder).resolve().relative_to(tmp_path).as_posix(),
+            ))  # fmt: skip
+            return work(config)
+
+        command = Command(
+            name="invmm",
+            config_name="measure",
+            groups=("sampler",),
+            help="A stand-in.",
+            check=lambda config, faults: dict(config),
+            dry_run=lambda recipes, config: f"seed {config['seed']}",
+            execute=execute,
+        )
+        return command.run([*GIVEN, *overrides]), jobs
+
+    return run
+
+
+def test_a_run_without_a_folder_gets_one_of_its_own(ran):
+    code, (job,) = ran("seed=3")
+    assert code == 0
+    assert job.folder == f"results/runs/{digest('seed=3')}"
+    assert job.digest == digest("seed=3")
+    assert job.config["seed"] == 3
+    assert "hydra" not in job.config
+
+
+def test_run_dir_is_taken_as_it_is(ran):
+    _, (job,) = ran("run_dir=results/mine")
+    assert job.folder == "results/mine"
+
+
+def test_jobs_of_a_sweep_get_the_folders_of_single_runs(ran):
+    _, jobs = ran("--multirun", "seed=0,1", "out=o")
+    assert [job.folder for job in jobs] == [f"o/{digest('seed=0')}", f"o/{digest('seed=1')}"]
+    _, (single,) = ran("seed=1", "out=o", "engine.slots=2", "trainer=gpu")
+    assert single.folder == jobs[1].folder
+
+
+def test_jobs_of_a_sweep_share_their_run_dir(ran):
+    _, jobs = ran("-m", "sampler=ddim,ddpm", "run_dir=mine", "dataset.ids=[a.png],[b.png]")
+    assert len({job.folder for job in jobs}) == 4
+    assert all(job.folder == f"mine/{job.digest}" for job in jobs)
+    chosen = {(job.config["sampler"]["scheduler"], *job.config["dataset"]["ids"]) for job in jobs}
+    assert chosen == {("ddim", "a.png"), ("ddim", "b.png"), ("ddpm", "a.png"), ("ddpm", "b.png")}
+
+
+def test_presets_and_their_values_are_sweepable(ran):
+    _, jobs = ran("--multirun", "inversion=adaptive,paper_ddpm", "inversion.check_every=10,20")
+    steps = [(job.config["inversion"]["num_steps"], job.config["inversion"]["check_every"])
+             for job in jobs]  # fmt: skip
+    assert {every for _, every in steps} == {10, 20}
+    assert {count for count, _ in steps} == {600, 2000}
+    assert all(job.config["measurement"] == job.config["inversion"] for job in jobs)
+
+
+def test_keys_that_only_the_class_knows_reach_the_run(ran):
+    """A field with a default need not stand in the YAML file."""
+    _, (job,) = ran("sampler.unlisted=1")
+    assert job.config["sampler"]["unlisted"] == 1
+
+
+def test_flags_may_stand_anywhere(ran):
+    code, jobs = ran("seed=0,1", "--multirun", "out=o")
+    assert (code, len(jobs)) == (0, 2)
+
+
+@pytest.mark.parametrize("code", [0, 2, 3])
+def test_the_exit_code_is_the_run_s(code, ran):
+    assert ran(work=lambda config: code)[0] == code
+
+
+def test_a_faulty_job_does_not_keep_the_others_from_running(ran, capsys):
+    def work(config) -> int:
+        if config["seed"] == 0:
+            raise ValueError("dataset.path=i holds no image; give another")
+        return 0
+
+    code, jobs = ran("--multirun", "seed=0,1", work=work)
+    assert code == 2
+    assert len(jobs) == 2
+    assert capsys.readouterr().err == "invmm: dataset.path=i holds no image; give another\n"
+
+
+def test_missing_images_of_one_job_are_the_sweep_s_exit_code(ran):
+    code, jobs = ran("--multirun", "seed=0,1,2", work=lambda config: 3 * (config["seed"] == 1))
+    assert (code, len(jobs)) == (3, 3)
+
+
+@pytest.mark.parametrize("signal_code", [130, 143])
+def test_a_signal_ends_the_sweep(signal_code, ran):
+    done = []
+
+    def work(config) -> int:
+        done.append(config["seed"])
+        return signal_code
+
+    with pytest.raises(SystemExit) as ended:
+        ran("--multirun", "seed=0,1,2", work=work)
+    assert ended.value.code == signal_code
+    assert done == [0]
+
+
+def test_faults_of_the_program_keep_their_traceback(ran):
+    def work(config) -> int:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        ran(work=work)
+
+
+def test_a_dry_run_of_a_sweep_describes_every_job(ran, capsys, tmp_path):
+    code, jobs = ran("--multirun", "seed=4,5", "dry_run=true")
+    assert (code, jobs) == (0, [])
+    assert capsys.readouterr().out == "seed 4\nseed 5\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--cfg", "--config-dir", "--bogus"])
+def test_unknown_flags_are_refused(flag, ran, capsys):
+    with pytest.raises(SystemExit) as ended:
+        ran(flag)
+    assert ended.value.code == 2
+    assert flag in capsys.readouterr().err
+
+
+def test_help_lists_the_options_of_each_group(ran, capsys):
+    assert ran("--help")[0] == 0
+    assert "  sampler      ddim ddpm dpmsolver euler heun unipc" in capsys.readouterr().out

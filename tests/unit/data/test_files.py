@@ -1,0 +1,29 @@
+"""Files that are whole or absent, and their identity."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from invmm.data.files import file_sha256, write_atomically
+
+
+def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):
+    path = tmp_path / "x.json"
+    write_atomically(path, b"a longer text")
+    write_atomically(path, b"short")
+    assert path.read_bytes() == b"short"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_folder_is_an_error_and_stays_missing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "gone/x.json", b"text")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_digest_is_of_the_bytes(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert file_sha256(tmp_path / "abc") == hashlib.sha256(b"abc").hexdigest()
+    assert file_sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea")
