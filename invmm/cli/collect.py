@@ -19,7 +19,9 @@ def main() -> None:
         "--join", type=Path, metavar="FILE.csv", help="write the table of all runs into one file"
     )
     arguments = parser.parse_args()
-    for run_dir in arguments.run_dirs:
+    # So that a sweep's folder/* can be given, although Hydra leaves a file there.
+    run_dirs = [path for path in arguments.run_dirs if not path.is_file()]
+    for run_dir in run_dirs:
         if not (run_dir / "records").is_dir():
             print(f"invmm-collect: {run_dir} holds no records", file=sys.stderr)
             sys.exit(2)
@@ -27,10 +29,10 @@ def main() -> None:
     from invmm.analysis.report import report
     from invmm.results.collect import score_table
 
-    for run_dir in arguments.run_dirs:
+    for run_dir in run_dirs:
         print(report(run_dir))
     if arguments.join:
-        score_table(arguments.run_dirs).to_csv(arguments.join, index=False)
+        score_table(run_dirs).to_csv(arguments.join, index=False)
         print(f"written: {arguments.join}")
 
 

@@ -28,7 +28,7 @@ class Command:
         help: what it does, with examples.
         check: builds the recipes from a plain config and appends all faults; None if faulty.
         dry_run: describes a checked config without running it.
-        execute: runs a checked config: (recipes, plain config, folder, digest) -> exit code.
+        execute: runs a checked config: (recipes, plain config, folder, identity) -> exit code.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Command:
     help: str
     check: Callable[[Mapping[str, Any], list[str]], Any]
     dry_run: Callable[[Any, Mapping[str, Any]], str]
-    execute: Callable[[Any, Mapping[str, Any], Path, str], int]
+    execute: Callable[[Any, Mapping[str, Any], Path, Mapping[str, Any]], int]
 
     def main(self) -> None:
         """Entry point of the console script."""
@@ -101,7 +101,7 @@ class Command:
         from hydra.core.hydra_config import HydraConfig
         from omegaconf import DictConfig
 
-        from invmm.cli.compose import digest_of, permissive, plain, resolvers
+        from invmm.cli.compose import identity_of, permissive, plain, resolvers
 
         codes: list[int] = []
 
@@ -109,21 +109,23 @@ class Command:
             values = plain(config)
             recipes = self.check(values, [])
             folder = Path(HydraConfig.get().runtime.output_dir)
-            code = self._guarded(lambda: self.execute(recipes, values, folder, digest_of(values)))
+            identity = identity_of(values)
+            code = self._guarded(lambda: self.execute(recipes, values, folder, identity))
             codes.append(code)
             if code > 128:  # a signal ends the sweep, not the job alone
                 sys.exit(code)
 
         sys.argv = [self.name, *(["--multirun"] if multirun else []), *permissive(overrides)]
+        run = hydra.main("pkg://invmm.conf", self.config_name, version_base="1.3")(job)
         with resolvers():
-            hydra.main("pkg://invmm.conf", self.config_name, version_base="1.3")(job)()
-        return max(codes, default=0)
+            failed = self._guarded(lambda: run() or 0)  # Hydra makes the folders of the jobs
+        return failed or max(codes, default=0)
 
     def _guarded(self, action: Callable[[], int]) -> int:
-        """Faults of the user's inputs end in one line, not in a traceback."""
+        """Faults of the user's inputs and folders end in one line, not in a traceback."""
         try:
             return action()
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             print(f"{self.name}: {error}", file=sys.stderr)
             return EXIT_USER_ERROR
 

@@ -88,14 +88,19 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def digest_of(config: Mapping[str, Any]) -> str:
-    """Identifies what a run computes: 12 hex digits over all but the machine-only keys."""
+def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config that decide what a run computes."""
     identity = {key: value for key, value in config.items() if key not in MACHINE_KEYS}
     if "measurement" in identity:
         identity.pop("inversion", None)
     if "engine" in identity:
         identity["engine"] = {k: v for k, v in identity["engine"].items() if k != "slots"}
-    text = json.dumps(identity, sort_keys=True)
+    return identity
+
+
+def digest_of(config: Mapping[str, Any]) -> str:
+    """12 hex digits over the identity of a config."""
+    text = json.dumps(identity_of(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -37,7 +37,10 @@ def _dry_run(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
     return describe_measure(recipes, config)
 
 
-def _execute(recipes: MeasureConfig, config: Mapping[str, Any], folder: Path, digest: str) -> int:
+def _execute(
+    recipes: MeasureConfig, config: Mapping[str, Any], folder: Path, identity: Mapping[str, Any]
+) -> int:
+    from invmm.cli.compose import digest_of
     from invmm.runtime.measure import measure
     from invmm.runtime.plan import MeasureRun
 
@@ -55,7 +58,8 @@ def _execute(recipes: MeasureConfig, config: Mapping[str, Any], folder: Path, di
             run_dir=folder,
             retry_failed=recipes.retry_failed,
             config=config,
-            digest=digest,
+            identity=identity,
+            digest=digest_of(identity),
         )
     )
 

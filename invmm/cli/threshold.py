@@ -36,7 +36,9 @@ def _dry_run(recipes: ThresholdConfig, config: Mapping[str, Any]) -> str:
     return f"{images} images, {images * (images - 1) // 2} pairs"
 
 
-def _execute(recipes: ThresholdConfig, config: Mapping[str, Any], folder: Path, digest: str) -> int:
+def _execute(
+    recipes: ThresholdConfig, config: Mapping[str, Any], folder: Path, identity: Mapping[str, Any]
+) -> int:
     import torch
     from tqdm import tqdm
 

@@ -44,7 +44,10 @@ def _dry_run(recipes: TrainConfig, config: Mapping[str, Any]) -> str:
     )
 
 
-def _execute(recipes: TrainConfig, config: Mapping[str, Any], folder: Path, digest: str) -> int:
+def _execute(
+    recipes: TrainConfig, config: Mapping[str, Any], folder: Path, identity: Mapping[str, Any]
+) -> int:
+    from invmm.cli.compose import digest_of
     from invmm.runtime.train import TrainRun, train
 
     return train(
@@ -55,8 +58,8 @@ def _execute(recipes: TrainConfig, config: Mapping[str, Any], folder: Path, dige
             trainer=recipes.trainer,
             seed=recipes.seed,
             run_dir=folder,
-            config=config,
-            digest=digest,
+            config=identity,
+            digest=digest_of(identity),
         )
     )
 

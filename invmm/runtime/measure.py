@@ -39,7 +39,7 @@ def measure(run: MeasureRun) -> int:
         ValueError: the folder belongs to another run, or model and images do not go together.
     """
     dataset = run.dataset.open(run.model.describe().image_size)
-    with RunFolder.open(run.run_dir, config=run.config, digest=run.digest) as folder:
+    with RunFolder.open(run.run_dir, config=run.identity, digest=run.digest) as folder:
         inputs = Inputs.of(run.model, run.replication, dataset)
         write_manifest(
             folder, inputs, config=run.config, seed=run.seed, problems=list(dataset.problems)

@@ -34,7 +34,8 @@ class MeasureRun:
         run_dir: where the records go; it belongs to one config.
         retry_failed: measure images again that FAILED in an earlier run of the folder.
         config: the resolved config, for the manifest.
-        digest: identifies the config without its machine-only keys.
+        identity: the config without its machine-only keys; the run folder belongs to it.
+        digest: of the identity.
     """
 
     measurement: Measurement
@@ -49,4 +50,5 @@ class MeasureRun:
     run_dir: Path
     retry_failed: bool
     config: Mapping[str, Any]
+    identity: Mapping[str, Any]
     digest: str

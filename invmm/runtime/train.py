@@ -47,7 +47,7 @@ class TrainRun:
         trainer: devices.
         seed: of weights, batches and noises.
         run_dir: exports, checkpoints and the loss curve go here.
-        config: the resolved config.
+        config: the resolved config without its machine-only keys.
         digest: identifies it.
     """
 

@@ -148,14 +148,12 @@ def test_a_sweep_lists_the_faults_of_all_its_jobs(faults):
 
 
 def test_the_other_commands_list_theirs(faults):
-    assert faults(
-        "training.num_steps=0", "model.image_sise=3", "dataset.size=32", "training.export_steps=[0]",
-        command=train.COMMAND, given=[],
-    ) == [
+    mistakes = ["training.num_steps=0", "model.image_sise=3", "dataset.size=32"]
+    assert faults(*mistakes, command=train.COMMAND, given=[]) == [
         "model.image_sise=3 is not a key; did you mean image_size?",
         "training.num_steps=0 is not possible: it should be greater than or equal to 1",
         "dataset.size=32 is not the model's 16; use dataset.size=null",
-    ]  # fmt: skip
+    ]
     assert faults("allowed_rate=0", "image_size=0", command=threshold.COMMAND, given=[]) == [
         "image_size=0 is not possible: it should be greater than or equal to 1",
         "allowed_rate=0 is not possible: it should be greater than 0",

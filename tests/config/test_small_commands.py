@@ -13,6 +13,7 @@ from PIL import Image
 
 from invmm.cli import collect
 from invmm.engine.outcomes import Status
+from invmm.results.run_folder import RunFolder
 
 
 def test_the_threshold_counts_false_matches(tmp_path):
@@ -20,10 +21,9 @@ def test_the_threshold_counts_false_matches(tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     ramp = np.tile(np.arange(0, 160, 20, dtype=np.uint8), (8, 1))
-    for name, picture in {
-        "up": ramp, "up-bright": ramp + 50, "down": ramp[:, ::-1], "down-bright": ramp[:, ::-1] + 50,
-    }.items():  # fmt: skip
-        Image.fromarray(np.ascontiguousarray(picture)).save(images / f"{name}.png")
+    for name, picture in {"up": ramp, "down": np.ascontiguousarray(ramp[:, ::-1])}.items():
+        Image.fromarray(picture).save(images / f"{name}.png")
+        Image.fromarray(picture + 50).save(images / f"{name}-bright.png")
     (images / "broken.png").write_bytes(b"not an image")
     result = tiny.invmm(
         [
@@ -34,7 +34,7 @@ def test_the_threshold_counts_false_matches(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "left out broken.png: " in result.stdout
-    assert "2 of 6 pairs" in result.stdout
+    assert "4 images, 6 pairs of different ones\nthreshold 0.9: 2 pairs match" in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
 
 
@@ -47,13 +47,16 @@ def runs(tmp_path):
         written.outcome(Status.NOT_REPLICATED, similarity=0.3),
     ]
     for folder, outcome in zip(folders, outcomes, strict=True):
-        written.write_run(folder, [(written.entry("x.png", 4), outcome)])
+        with RunFolder.open(folder, config=written.CONFIG, digest=written.DIGEST) as opened:
+            written.write(opened, written.entry("x.png", 4), outcome)
     return folders
 
 
 def test_collecting_prints_the_table_and_joins_runs(runs, tmp_path, monkeypatch, capsys):
     joined = tmp_path / "joined.csv"
-    arguments = ["invmm-collect", *map(str, runs), "--join", str(joined)]
+    beside = tmp_path / "multirun.yaml"
+    beside.touch()
+    arguments = ["invmm-collect", *map(str, runs), str(beside), "--join", str(joined)]
     monkeypatch.setattr(sys, "argv", arguments)
     collect.main()
     collect.main()

@@ -16,12 +16,12 @@ def sweep(model, images, run_dir, *overrides: str) -> list[str]:
     return [*tiny.command(model, images, run_dir), "--multirun", *overrides]
 
 
-
 @pytest.fixture(scope="module")
 def other_model(tmp_path_factory):
     return tiny.save_model(tmp_path_factory.mktemp("other") / "ddpm", seed=1)
 
 
+@pytest.mark.slow
 def test_models_images_and_hyperparameters(model, other_model, images, tmp_path):
     arguments = sweep(
         model, images, tmp_path / "sweep", f"model.path={model},{other_model}",
@@ -45,6 +45,7 @@ def test_models_images_and_hyperparameters(model, other_model, images, tmp_path)
     assert again.stdout.count("1 of them measured before") == 8
 
 
+@pytest.mark.slow
 def test_a_job_equals_the_single_run(model, images, tmp_path):
     quick = ("dataset.ids=[image-00.png,image-02.png]", "inversion.num_steps=5")
     result = tiny.invmm(sweep(model, images, tmp_path / "sweep", *quick, "seed=3,4"))

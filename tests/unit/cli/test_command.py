@@ -27,9 +27,9 @@ def ran(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["invmm"])
         jobs = []
 
-        def execute(recipes, config, folder: Path, digest: str) -> int:
+        def execute(recipes, config, folder: Path, identity) -> int:
             jobs.append(SimpleNamespace(
-                recipes=recipes, config=config, digest=digest,
+                recipes=recipes, config=config, digest=digest_of(identity),
                 folder=Path(folder).resolve().relative_to(tmp_path).as_posix(),
             ))  # fmt: skip
             return work(config)
@@ -60,6 +60,18 @@ def test_a_run_without_a_folder_gets_one_of_its_own(ran):
 def test_run_dir_is_taken_as_it_is(ran):
     _, (job,) = ran("run_dir=results/mine")
     assert job.folder == "results/mine"
+
+
+@pytest.mark.parametrize("flags", [(), ("--multirun", "seed=0,1")])
+@pytest.mark.parametrize("run_dir", ["file", "file/inside"])
+def test_a_folder_that_cannot_be_made_is_one_line(run_dir, flags, ran, capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, jobs = ran(f"run_dir={run_dir}", *flags)
+    assert (code, jobs) == (2, [])
+    errors = capsys.readouterr().err
+    assert errors.startswith("invmm: ")
+    assert run_dir in errors
+    assert errors.count("\n") == 1
 
 
 def test_jobs_of_a_sweep_get_the_folders_of_single_runs(ran):
