@@ -36,7 +36,7 @@ format: $(READY)  ## let ruff rewrite the code
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(READY)  ## time the engine (about two minutes, nothing else running)
+bench: $(READY)  ## time the engine (five minutes, nothing else running)
 	@$(MAKE) --no-print-directory study STUDY=bench
 
 study: $(READY)  ## make study STUDY=name: run experiments/name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,12 +25,15 @@ def progress_bar(folder: RunFolder, total: int) -> Iterator[None]:
 
     def look() -> None:
         nonlocal replicated, failed
-        for status in finished():
+        statuses = list(finished())
+        for status in statuses:
             replicated += status == Status.REPLICATED
             failed += status in (Status.FAILED, Status.DIVERGED)
-            bar.update()
         counts = {"replicated": replicated, **({"failed": failed} if failed else {})}
-        bar.set_postfix(counts, refresh=True)
+        bar.set_postfix(counts, refresh=False)
+        bar.n += len(statuses)
+        if statuses or sys.stderr.isatty():  # a log file needs no ticking clock
+            bar.refresh()
 
     def watch() -> None:
         while not stop.wait(_SECONDS_BETWEEN_LOOKS):
