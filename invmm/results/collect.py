@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from invmm.data.files import write_atomically
+from invmm.files import write_atomically
 from invmm.results.records import read_records
 
 if TYPE_CHECKING:

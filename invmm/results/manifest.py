@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from invmm.data.dataset import ImageDataset
-from invmm.data.files import write_atomically
 from invmm.data.manifest import list_digest
+from invmm.files import write_atomically
 from invmm.models.adapter import ModelRecipe
 from invmm.replication.replication import Replication
 from invmm.results.run_folder import RunFolder, differences

@@ -16,8 +16,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from invmm.data.dataset import ImageEntry, LoadedImage
-from invmm.data.files import write_atomically
 from invmm.engine.outcomes import Outcome
+from invmm.files import write_atomically
 from invmm.results.run_folder import RunFolder, load_record
 
 SCHEMA_VERSION = 1

@@ -20,8 +20,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from invmm.data.dataset import ImageEntry
-from invmm.data.files import write_atomically
 from invmm.engine.outcomes import Status
+from invmm.files import write_atomically
 
 _KEEP = re.compile(r"[^A-Za-z0-9._-]+")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from invmm.data.files import write_atomically
+from invmm.files import write_atomically
 from invmm.results.records import read_curves, read_records
 
 if TYPE_CHECKING:

@@ -157,7 +157,7 @@ def test_a_default_in_place_of_a_faulty_value_starts_no_new_complaint():
 @pytest.mark.parametrize("target", [
     "os.system", "torch.load", "pathlib.Path", "builtins.eval", "subprocess.Popen", "Sampler",
     "invmm.cli.measure.main", "invmm.cli.command.Command", "invmm.runtime.measure.measure",
-    "invmm.data.files.os.system", "invmm.__version__", "invmm.models.pixel.ModelInfo",
+    "invmm.files.os.system", "invmm.__version__", "invmm.models.pixel.ModelInfo",
     "invmm.models.pixel.Path", "invmm.models.pixel.Tensor", "invmm.engine.engine.Engine",
     "invmm.diffusion.sampling.Sampler.build", "invmm..diffusion.sampling.Sampler",
     "invmm.diffusion.sampling.Sampler ", "invmm.diffusion.sampling.Sampler\n", "", None, 3, ["a"],

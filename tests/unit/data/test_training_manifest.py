@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from invmm.data.dataset import ImageEntry
-from invmm.data.files import write_atomically
 from invmm.data.manifest import ManifestEntry, TrainingManifest, list_digest
+from invmm.files import write_atomically
 
 CAT = ManifestEntry(image_id="cat.png", sha256="ab" * 32, split="train", copies=8, caption="größe")
 DOG = ManifestEntry(image_id="caf\udce9.png", sha256="cd" * 32, split="train", copies=1)
@@ -90,7 +90,7 @@ def test_a_write_that_fails_leaves_the_old_file_alone(failing, tmp_path, monkeyp
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"invmm.data.files.{failing}", full)
+    monkeypatch.setattr(f"invmm.files.{failing}", full)
     with pytest.raises(OSError, match="No space left"):
         write_atomically(tmp_path / "a", b"new")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old"}

@@ -124,7 +124,7 @@ def test_a_full_disk_leaves_no_half_record(folder, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("invmm.data.files.os.fsync", full)
+    monkeypatch.setattr("invmm.files.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         written.write(folder, written.entry("a"), written.outcome(Status.REPLICATED, score=0.5))
     assert list(folder.record_folder("a").iterdir()) == []

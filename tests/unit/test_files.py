@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 
-from invmm.data.files import file_sha256, write_atomically
+from invmm.files import file_sha256, write_atomically
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):
