@@ -249,6 +249,30 @@ def test_calls_have_a_constant_number_of_rows():
     assert set(network.calls) == {7, 6}
 
 
+class Formats(MicroNetwork):
+    """Notes whether the network ever sees another memory format than the usual one."""
+
+    def predict(self, latents, timesteps, condition):
+        assert latents.is_contiguous()
+        return super().predict(latents, timesteps, condition)
+
+
+def test_the_memory_format_of_an_image_never_reaches_the_network():
+    """Kernels differ by format, and whether cat keeps it depends on the neighbours."""
+    network = Formats()
+    setting = make_setting(network)
+    target = make_target(network)
+    assert not target.latents.is_contiguous()
+
+    async def measure(rng):
+        await Denoise(target.latents, torch.tensor([1]))
+        await Sample(target.latents, setting.sampler)
+        return Outcome(status=Status.NOT_REPLICATED)
+
+    outcome = run(network, [Job("it", lambda: measure(None))], rows_denoise=1, rows_sample=1)["it"]
+    assert outcome.error is None
+
+
 def test_the_queue_is_taken_lazily():
     network = MicroNetwork()
     taken = []
