@@ -16,7 +16,9 @@ class TrainerSettings:
     Attributes:
         accelerator: auto takes a GPU where there is one.
         devices: processes, one a device; images are shared out between them as they go.
-        threads_per_device: CPU threads of each process; null shares the cores out evenly.
+        threads_per_device: CPU threads of each process; null shares the cores out evenly. Sums
+            are rounded differently with another number of threads, so fix it where records of
+            different numbers of devices must agree to the last bit.
     """
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
