@@ -110,6 +110,7 @@ def describe_measure(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
     cost = recipes.measurement.worst_case(recipes.sampler, recipes.replication)
     images = len(dataset.entries)
     weights = "unknown" if info.weight_bytes is None else f"{info.weight_bytes / 2**20:.1f} MiB"
+    activations = recipes.model.activation_bytes(recipes.engine.rows_denoise) / 2**20
     problems = [f"data set: {problem}" for problem in dataset.problems]
     return "\n".join(
         (
@@ -121,8 +122,8 @@ def describe_measure(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
             f"evaluations, at most: {cost.forward * images:,} forward and "
             f"{cost.backward * images:,} backward rows "
             f"({cost.forward:,} and {cost.backward:,} an image)",
-            f"memory: {weights} of weights, and the activations of "
-            f"{recipes.engine.rows_denoise} rows with gradients",
+            f"memory, beside the libraries: {weights} of weights and {activations:.1f} MiB of "
+            f"activations ({recipes.engine.rows_denoise} rows with gradients)",
         )
     )
 

@@ -44,6 +44,10 @@ class ModelRecipe(Protocol):
         """The noise schedule that the model was trained with."""
         ...
 
+    def activation_bytes(self, rows: int) -> int:
+        """Bytes that a call of so many rows keeps for its gradients; loads no weights."""
+        ...
+
     def load(self, device: torch.device) -> Network:
         """The frozen model on its device."""
         ...

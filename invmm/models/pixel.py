@@ -15,6 +15,7 @@ from invmm.engine.requests import Condition
 from invmm.files import file_sha256
 from invmm.models.adapter import ModelInfo
 from invmm.models.loading import PIPELINES, ModelFolder, load_unet, open_folder
+from invmm.models.memory import activation_bytes
 
 _LUMINANCE = (0.299, 0.587, 0.114)
 
@@ -72,6 +73,19 @@ class PixelUNet:
             raise ValueError(
                 f"the noise schedule of {self._source} is unusable: {error}"
             ) from error
+
+    def activation_bytes(self, rows: int) -> int:
+        """See `ModelRecipe`."""
+        from diffusers import UNet2DModel
+
+        config = self._folder(weights=False).unet_config
+        with torch.device("meta"):
+            unet: Any = UNet2DModel.from_config(dict(config))
+            unet.requires_grad_(False)
+            latents = torch.empty(rows, *_latent_shape(self.path, config), requires_grad=True)
+            timesteps = torch.zeros(rows, dtype=torch.long)
+            in_float32 = activation_bytes(unet, lambda: unet(latents, timesteps).sample)
+        return in_float32 * getattr(torch, self.dtype).itemsize // 4
 
     def load(self, device: torch.device) -> PixelNetwork:
         """Loads, freezes and moves the network; see `ModelRecipe`."""
