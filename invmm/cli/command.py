@@ -101,7 +101,7 @@ class Command:
         from hydra.core.hydra_config import HydraConfig
         from omegaconf import DictConfig
 
-        from invmm.cli.compose import identity_of, permissive, plain, resolvers
+        from invmm.cli.compose import identity_of, permissive, plain, register_resolvers
 
         codes: list[int] = []
 
@@ -117,8 +117,8 @@ class Command:
 
         sys.argv = [self.name, *(["--multirun"] if multirun else []), *permissive(overrides)]
         run = hydra.main("pkg://invmm.conf", self.config_name, version_base="1.3")(job)
-        with resolvers():
-            failed = self._guarded(lambda: run() or 0)  # Hydra makes the folders of the jobs
+        register_resolvers()
+        failed = self._guarded(lambda: run() or 0)  # Hydra makes the folders of the jobs
         return failed or max(codes, default=0)
 
     def _guarded(self, action: Callable[[], int]) -> int:

@@ -6,8 +6,7 @@ import difflib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -104,8 +103,7 @@ def digest_of(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-@contextmanager
-def resolvers() -> Iterator[None]:
+def register_resolvers() -> None:
     """Makes ${digest:}, ${run_folder:} and ${sweep_folder:} known to Hydra."""
 
     def digest(*, _root_: DictConfig) -> str:
@@ -119,7 +117,6 @@ def resolvers() -> Iterator[None]:
 
     for resolver in (digest, run_folder, sweep_folder):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
-    yield
 
 
 def _group_fault(override: str, known: Mapping[str, list[str]]) -> str | None:

@@ -66,11 +66,13 @@ class ImageDataset(Protocol):
         entries: the images to measure, in a stable order.
         problems: remarks for the person who runs it.
         size: side of the loaded images.
+        source: where the images come from, and their licence if it asks for credit.
     """
 
     entries: Sequence[ImageEntry]
     problems: Sequence[str]
     size: int
+    source: str
 
     def load(self, entry: ImageEntry) -> LoadedImage:
         """Decodes one image; raises ImageError if it cannot be used."""

@@ -80,8 +80,7 @@ def train(run: TrainRun) -> int:
             print(f"already trained: {folder.path / FINAL}")
             return EXIT_DONE
         dataset = run.dataset.open(run.model.image_size)
-        source = getattr(dataset, "source", "")
-        images, manifest = read_training_set(dataset, source, run.seed)
+        images, manifest = read_training_set(dataset, run.seed)
         pl.seed_everything(run.seed, verbose=False)
         unet, scheduler = run.model.build()
         exit_code, reason = EXIT_INCOMPLETE, "a process ended early"

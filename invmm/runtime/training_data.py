@@ -62,9 +62,7 @@ class TrainingImages:
         return Batch(pixels, noise, timesteps, dropout_seed)
 
 
-def read_training_set(
-    dataset: ImageDataset, source: str, seed: int
-) -> tuple[TrainingImages, TrainingManifest]:
+def read_training_set(dataset: ImageDataset, seed: int) -> tuple[TrainingImages, TrainingManifest]:
     """Loads all training images; unusable ones are reported and left out.
 
     Raises:
@@ -90,5 +88,5 @@ def read_training_set(
     if not pixels:
         raise ValueError("the data set has no image to train on")
     copies = [entry.copies for entry in entries]
-    manifest = TrainingManifest(entries=tuple(entries), source=source)
+    manifest = TrainingManifest(entries=tuple(entries), source=dataset.source)
     return TrainingImages(torch.stack(pixels), copies, seed), manifest

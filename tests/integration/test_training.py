@@ -40,6 +40,7 @@ class FewImages:
     entries: tuple[ImageEntry, ...] = ()
     problems: tuple[str, ...] = ()
     size: int = 8
+    source: str = "few images"
 
     def open(self, size: int) -> FewImages:
         assert size == self.size
@@ -222,7 +223,7 @@ def test_the_weights_are_those_of_a_plain_loop(train, tmp_path):
     plain = UNet(**{**vars(MODEL), "dropout": 0.0})
     assert train(tmp_path / "run", model=plain).code == 0
 
-    images, _ = read_training_set(FewImages(), "", SEED)
+    images, _ = read_training_set(FewImages(), SEED)
     torch.manual_seed(SEED)
     unet, scheduler = plain.build()
     assert isinstance(unet, UNet2DModel)
@@ -390,7 +391,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def test_images_are_drawn_in_proportion_to_their_copies():
-    images, _ = read_training_set(FewImages(), "", 0)
+    images, _ = read_training_set(FewImages(), 0)
     three = FewImages().load(FewImages().training_entries()[1]).pixels
     batch = images.batch(0, 4000, num_timesteps=50, mirror=False)
     share = (batch.pixels - three).abs().flatten(1).amax(1).lt(1e-6).double().mean().item()
@@ -399,11 +400,11 @@ def test_images_are_drawn_in_proportion_to_their_copies():
 
 def test_a_batch_is_a_function_of_seed_and_step():
     def batch(seed: int, step: int):
-        images, _ = read_training_set(FewImages(), "", seed)
+        images, _ = read_training_set(FewImages(), seed)
         drawn = images.batch(step, 8, num_timesteps=50, mirror=True)
         return torch.cat([drawn.pixels.flatten(), drawn.noise.flatten(), drawn.timesteps.float()])
 
-    images, _ = read_training_set(FewImages(), "", 1)
+    images, _ = read_training_set(FewImages(), 1)
     images.batch(6, 8, num_timesteps=50, mirror=True)
     assert torch.equal(batch(1, 7), batch(1, 7))
     assert not torch.equal(batch(1, 7), batch(1, 8))
@@ -411,7 +412,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
 
 
 def test_noises_are_standard_normal_and_timesteps_uniform():
-    images, _ = read_training_set(FewImages(), "", 0)
+    images, _ = read_training_set(FewImages(), 0)
     batch = images.batch(5, 5000, num_timesteps=50, mirror=False)
     assert batch.noise.mean().abs() < 5 / math.sqrt(batch.noise.numel())
     assert batch.noise.var().item() == pytest.approx(1, abs=0.01)
@@ -422,7 +423,7 @@ def test_noises_are_standard_normal_and_timesteps_uniform():
 
 
 def test_half_of_the_images_are_mirrored_if_asked():
-    images, _ = read_training_set(FewImages(copies=(("one", 1),)), "", 0)
+    images, _ = read_training_set(FewImages(copies=(("one", 1),)), 0)
     (entry,) = FewImages(copies=(("one", 1),)).training_entries()
     upright = FewImages().load(entry).pixels
     pixels = images.batch(0, 400, num_timesteps=50, mirror=True).pixels
