@@ -14,8 +14,8 @@ from invmm.cli.compose import digest_of
 from invmm.cli.schema import build
 from invmm.data.dataset import DatasetRecipe
 from invmm.diffusion.sampling import Sampler
-from invmm.engine.engine import EngineSettings
 from invmm.engine.protocols import Measurement
+from invmm.engine.settings import EngineSettings
 from invmm.models.adapter import ModelInfo, ModelRecipe
 from invmm.models.architectures import TrainableModel
 from invmm.replication.replication import Replication

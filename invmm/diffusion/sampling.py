@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, MinLen
 from torch import Tensor
 
+from invmm.diffusion.guidance import is_guided
 from invmm.diffusion.schedule import NoiseSchedule
 
 SchedulerName = Literal["ddim", "ddpm", "dpmsolver", "euler", "heun", "unipc"]
@@ -44,6 +45,9 @@ class Sampler:
         timestep_spacing: which of the training timesteps are visited; "trailing" starts at the
             last one, as the published code does.
         clip_sample: clip the predicted clean latents to [-1, 1] at each step.
+        guidance_scales: of a conditional model; an image counts as replicated if it is at any of
+            them (paper: 1 to 7). A scale of 1 or less evaluates the network once a step, a
+            greater one twice.
 
     Raises:
         ValueError: an option that the scheduler does not have.
@@ -54,8 +58,10 @@ class Sampler:
     eta: Annotated[float, Ge(0), Le(1)] = 0.0
     timestep_spacing: Literal["trailing", "leading", "linspace"] = "trailing"
     clip_sample: bool = False
+    guidance_scales: Annotated[Sequence[Annotated[float, Ge(0)]], MinLen(1)] = (1.0,)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "guidance_scales", tuple(map(float, self.guidance_scales)))
         if self.eta and self.scheduler != "ddim":
             raise ValueError(
                 f"sampler.eta={self.eta} has no meaning for sampler.scheduler={self.scheduler}; "
@@ -74,12 +80,13 @@ class Sampler:
 
     @property
     def num_evaluations(self) -> int:
-        """Network evaluations for one sample."""
-        return (
-            self.num_inference_steps * 2 - 1
-            if self.scheduler == "heun"
-            else (self.num_inference_steps)
-        )
+        """Network evaluations for one sample without guidance."""
+        steps = self.num_inference_steps
+        return steps * 2 - 1 if self.scheduler == "heun" else steps
+
+    def evaluations_at(self, guidance_scale: float) -> int:
+        """Network evaluations for one sample at a guidance scale."""
+        return self.num_evaluations * (2 if is_guided(guidance_scale) else 1)
 
     def check_steps(self, num_train_timesteps: int) -> None:
         """Refuses a number of steps that a model trained on T noise levels cannot take.

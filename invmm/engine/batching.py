@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from invmm.diffusion.guidance import Condition, is_guided
 from invmm.engine.requests import Denoise, Embed, Sample
 
 
@@ -43,6 +44,11 @@ def condition_values(request: Denoise | Sample) -> list[Tensor]:
     return list((request.condition or {}).values())
 
 
+def by_names(names: Sequence[str], values: Sequence[Tensor]) -> Condition | None:
+    """A condition put together again."""
+    return dict(zip(names, values, strict=True)) or None
+
+
 def num_rows(request: Any) -> int:
     """Rows that a request asks for."""
     return len(request.noise if isinstance(request, Sample) else request.latents)
@@ -60,5 +66,7 @@ def signature(request: Any) -> tuple[Any, ...]:
         return (Embed, request.latents.shape[1:])
     main = request.noise if isinstance(request, Sample) else request.latents
     condition = tuple((k, v.shape[1:], v.dtype) for k, v in (request.condition or {}).items())
-    sampler = request.sampler if isinstance(request, Sample) else None
-    return (type(request), sampler, main.shape[1:], main.dtype, condition, needs_grad(request))
+    drawn_by = None
+    if isinstance(request, Sample):
+        drawn_by = (request.sampler, is_guided(request.guidance_scale))
+    return (type(request), drawn_by, main.shape[1:], main.dtype, condition, needs_grad(request))

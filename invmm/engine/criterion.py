@@ -17,8 +17,9 @@ class ReplicationCriterion:
             something only together with the similarity network and the data; calibrate it with
             `invmm-threshold`.
         num_samples: samples that must all replicate (paper: 8).
-        early_exit: draw one sample first and the rest only if it replicates. The decision is the
-            same, since one failure decides; most checks then cost an eighth (ours).
+        early_exit: draw samples in rounds of 1, 1, 2, 4, ... and stop at the first that fails.
+            The decision is the same, since one failure decides; most checks then cost an eighth
+            (ours).
     """
 
     threshold: Annotated[float, Ge(-1), Le(1)] = 0.5

@@ -11,71 +11,25 @@ denoiser in eval mode mixes rows, and each measurement draws from its own genera
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from annotated_types import Ge
-from torch import Tensor
 
-from invmm.diffusion.sampling import draw
-from invmm.diffusion.schedule import Prediction
-from invmm.engine.batching import condition_values, in_calls, needs_grad, num_rows, signature
-from invmm.engine.outcomes import Evaluations, NonFiniteError, Outcome, Status
+from invmm.engine.accounting import EngineSummary, Stopwatch
+from invmm.engine.answers import Answers
+from invmm.engine.batching import num_rows, signature
+from invmm.engine.memory import is_out_of_memory
+from invmm.engine.outcomes import NonFiniteError, Outcome, Status
 from invmm.engine.protocols import Network, Similarity
-from invmm.engine.requests import Denoise, Embed, Embedding, Minimise, Request, Sample
+from invmm.engine.requests import Denoise, Embed, Minimise, Sample
+from invmm.engine.settings import EngineSettings
+from invmm.engine.slots import Job, Slot, next_group
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """How images share the network.
-
-    Attributes:
-        slots: images in flight; changes the speed, never a result.
-        rows_denoise: rows per call of the denoiser; memory grows with it. A result is bitwise
-            reproducible at the same number of rows only, so it belongs to a run's identity.
-        rows_sample: rows per run of the sampler.
-        rows_embed: rows per call of the similarity network.
-    """
-
-    slots: Annotated[int, Ge(1)] = 8
-    rows_denoise: Annotated[int, Ge(1)] = 16
-    rows_sample: Annotated[int, Ge(1)] = 8
-    rows_embed: Annotated[int, Ge(1)] = 8
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """One image to measure.
-
-    Attributes:
-        key: the image id.
-        start: prepares the image and returns its measurement; called again on a restart.
-    """
-
-    key: str
-    start: Callable[[], Coroutine[Any, Any, Outcome]]
-
-
-@dataclass(eq=False)
-class _Slot:
-    """A job in flight, the request it waits for, and what it has cost."""
-
-    job: Job
-    started: float = field(default_factory=time.monotonic)
-    coroutine: Coroutine[Any, Any, Outcome] | None = None
-    request: Request[Any] | None = None
-    ticket: int = 0
-    graph_rows: int = 0
-    forward: int = 0
-    backward: int = 0
-    outcome: Outcome | None = None
 
 
 class Engine:
@@ -85,188 +39,100 @@ class Engine:
         network: the frozen model.
         similarity: the frozen similarity network.
         settings: slots and rows per call.
+
+    Raises:
+        ValueError: a row count is still open; see `EngineSettings.chosen`.
     """
 
     def __init__(self, network: Network, similarity: Similarity, settings: EngineSettings) -> None:
-        self.network = network
-        self.similarity = similarity
-        self.settings = settings
-        self.rows: dict[type, int] = {
+        rows: dict[type, Any] = {
             Denoise: settings.rows_denoise,
             Sample: settings.rows_sample,
             Embed: settings.rows_embed,
         }
-        self._tickets = itertools.count()
+        if settings.open:
+            raise ValueError(f"engine.{settings.open[0]}=auto was not measured")
+        self.rows: dict[type, int] = rows
+        self.stopwatch = Stopwatch(network.device)
+        self.summary = EngineSummary()
+        self._answers = Answers(network, similarity, self.rows, self.stopwatch)
+        # With one image a row in flight, some call is always full.
+        self._max_slots = sum(rows.values()) if settings.slots == "auto" else settings.slots
+        self._num_slots = 1 if settings.slots == "auto" else settings.slots
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Outcome]]:
         """Yields each job with its outcome as soon as it has ended; takes jobs as slots free up."""
         queue = iter(jobs)
-        slots: list[_Slot] = []
+        slots: list[Slot] = []
         exhausted = False
+        started = time.perf_counter()
         while True:
-            while not exhausted and len(slots) < self.settings.slots:
+            while not exhausted and len(slots) < self._num_slots:
                 if (job := next(queue, None)) is None:
                     exhausted = True
                 else:
-                    slots.append(self._start(_Slot(job)))
+                    slots.append(self._start(Slot(job)))
             if not slots:
-                return
+                break
             if not any(slot.outcome for slot in slots):
-                self._serve(self._next_group(slots), slots)
+                group, full = next_group(slots, self.rows, calls=self.summary.calls)
+                if not full and not exhausted and self._num_slots < self._max_slots:
+                    self._num_slots += 1
+                    continue
+                before = time.perf_counter()
+                self._serve(group, slots)
+                idle = (self._num_slots - len(slots)) * (time.perf_counter() - before)
+                self._note_idle(idle, in_tail=exhausted)
+                slots.sort(key=lambda slot: slot.asked)
             for slot in [slot for slot in slots if slot.outcome]:
                 slots.remove(slot)
-                yield slot.job, self._priced(slot)
+                outcome = self._priced(slot)
+                before = time.perf_counter()
+                yield slot.job, outcome
+                self.summary.consumer += time.perf_counter() - before
+        self.stopwatch.settle(wait=True)
+        self.summary.slots = self._num_slots
+        self.summary.seconds += time.perf_counter() - started
+        self.summary.by_kind = {str(kind): spent for kind, spent in self.stopwatch.total.items()}
 
-    def _next_group(self, slots: Sequence[_Slot]) -> list[_Slot]:
-        """The requests to answer now: losses, full sampler calls, the denoiser, then the rest."""
-        waiting = sorted(slots, key=lambda slot: slot.ticket)
-        by_kind: dict[type, list[_Slot]] = {}
-        for slot in waiting:
-            by_kind.setdefault(type(slot.request), []).append(slot)
-        if minimise := by_kind.get(Minimise):
-            return minimise
-        partial = []
-        for kind in (Sample, Denoise, Embed):
-            group, full = self._fill_call(by_kind.get(kind, []))
-            if group and (full or kind is not Sample):
-                return group
-            partial = partial or group
-        return partial
-
-    def _fill_call(self, waiting: Sequence[_Slot]) -> tuple[list[_Slot], bool]:
-        """The oldest request and those like it that fit into one call; whether it is full."""
-        if not waiting:
-            return [], False
-        like = signature(waiting[0].request)
-        room = self.rows[type(waiting[0].request)]
-        group: list[_Slot] = []
-        for slot in waiting:
-            if signature(slot.request) != like:
-                continue
-            rows = num_rows(slot.request)
-            if group and rows > room:
-                return group, True
-            group.append(slot)
-            room -= rows
-        return group, room <= 0
-
-    def _serve(self, group: Sequence[_Slot], slots: Sequence[_Slot]) -> None:
+    def _serve(self, group: Sequence[Slot], slots: Sequence[Slot]) -> None:
         kind = type(group[0].request)
+        self._note_call(kind, group)
         try:
-            if kind is Minimise:
-                answers = self._minimise(group, slots)
-            elif kind is Denoise:
-                answers = self._denoise(group)
-            elif kind is Sample:
-                answers = self._sample(group)
-            else:
-                answers = self._embed(group)
+            answers = self._answers(group, slots)
         except Exception as error:
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 self._make_room(kind, group, error)
                 return
             answers = [error] * len(group)
         for slot, answer in zip(group, answers, strict=True):
             self._resume(slot, answer)
 
-    # The four requests ---------------------------------------------------------------------
-
-    def _minimise(self, group: Sequence[_Slot], slots: Sequence[_Slot]) -> list[Exception | None]:
-        """Backpropagates the sum: rows do not mix, so each image gets exactly its own gradient."""
-        requests: list[Minimise] = [slot.request for slot in group]  # pyright: ignore
-        answers = [_refusal(request.loss) for request in requests]
-        losses = [r.loss for r, refusal in zip(requests, answers, strict=True) if refusal is None]
-        others_need_graph = any(slot.graph_rows for slot in slots if slot not in group)
-        if losses:
-            torch.autograd.backward(losses, retain_graph=others_need_graph)
-        for slot in group:
-            slot.backward += slot.graph_rows
-            slot.graph_rows = 0
-        return answers
-
-    def _denoise(self, group: Sequence[_Slot]) -> list[Prediction]:
-        requests: list[Denoise] = [slot.request for slot in group]  # pyright: ignore
-        keep_graph = needs_grad(requests[0])
-        columns = [[r.latents, r.timesteps, *condition_values(r)] for r in requests]
-        names = tuple(requests[0].condition or ())
-
-        def call(latents: Tensor, timesteps: Tensor, *condition: Tensor) -> Tensor:
-            rows = dict(zip(names, condition, strict=True)) or None
-            return self.network.predict(latents, timesteps, rows)
-
-        with torch.set_grad_enabled(keep_graph):
-            outputs = in_calls(call, columns, self.rows[Denoise])
-        for slot, request in zip(group, requests, strict=True):
-            slot.forward += len(request.latents)
-            slot.graph_rows += len(request.latents) * keep_graph
-        schedule = self.network.schedule
-        return [
-            Prediction(output, request.latents, request.timesteps, schedule)
-            for output, request in zip(outputs, requests, strict=True)
-        ]
-
-    def _sample(self, group: Sequence[_Slot]) -> list[Tensor | NonFiniteError]:
-        requests: list[Sample] = [slot.request for slot in group]  # pyright: ignore
-        sampler, keep_graph = requests[0].sampler, needs_grad(requests[0])
-        names = tuple(requests[0].condition or ())
-        columns = [
-            [r.noise, torch.tensor(r.seeds or [0] * len(r.noise)), *condition_values(r)]
-            for r in requests
-        ]
-
-        def call(noise: Tensor, seeds: Tensor, *condition: Tensor) -> Tensor:
-            rows = dict(zip(names, condition, strict=True)) or None
-            return draw(
-                lambda latents, timesteps: self.network.predict(latents, timesteps, rows),
-                noise,
-                sampler=sampler,
-                schedule=self.network.schedule,
-                seeds=seeds.tolist(),
-            )
-
-        with torch.set_grad_enabled(keep_graph):
-            outputs = in_calls(call, columns, self.rows[Sample])
-        answers: list[Tensor | NonFiniteError] = []
-        for slot, output in zip(group, outputs, strict=True):
-            evaluations = len(output) * sampler.num_evaluations
-            slot.forward += evaluations
-            slot.graph_rows += evaluations * keep_graph
-            finite = bool(torch.isfinite(output).all())
-            answers.append(output if finite else NonFiniteError("a sample is not finite"))
-        return answers
-
-    def _embed(self, group: Sequence[_Slot]) -> list[Embedding]:
-        requests: list[Embed] = [slot.request for slot in group]  # pyright: ignore
-        columns = [[r.latents] for r in requests]
-        with torch.no_grad():
-            pixels = in_calls(self.network.decode, columns, self.rows[Embed])
-            columns = [[own] for own in pixels]
-            vectors = in_calls(self.similarity.embed, columns, self.rows[Embed])
-        return [Embedding(*pair) for pair in zip(pixels, vectors, strict=True)]
-
     # Life of a slot -------------------------------------------------------------------------
 
-    def _start(self, slot: _Slot) -> _Slot:
+    def _start(self, slot: Slot) -> Slot:
         """Prepares the image; whatever is wrong with it ends this image only."""
-        slot.graph_rows = 0
+        slot.tally.graph_rows = 0
         try:
-            slot.coroutine = slot.job.start()
+            with self.stopwatch.time("preparation", {slot.tally: 1}):
+                slot.coroutine = slot.job.start()
         except Exception as error:
             slot.outcome = _ended_by(error)
         else:
             self._resume(slot, None)
         return slot
 
-    def _resume(self, slot: _Slot, answer: Any) -> None:
+    def _resume(self, slot: Slot, answer: Any) -> None:
         """Hands an answer (or throws an error) into the measurement, up to its next request."""
         assert slot.coroutine is not None
         seed = torch.initial_seed()
+        slot.request = None
         try:
-            if isinstance(answer, Exception):
-                slot.request = slot.coroutine.throw(answer)
-            else:
-                slot.request = slot.coroutine.send(answer)
-            slot.ticket = next(self._tickets)
+            with self.stopwatch.time("measurement", {slot.tally: 1}):
+                if isinstance(answer, Exception):
+                    slot.request = slot.coroutine.throw(answer)
+                else:
+                    slot.request = slot.coroutine.send(answer)
         except StopIteration as stop:
             slot.outcome = stop.value
         except Exception as error:
@@ -279,13 +145,16 @@ class Engine:
                 error=f"{slot.coroutine.__qualname__} held {leak} across an await, which leaks "
                 "into the measurements of other images; close it before the await",
             )
-        elif slot.outcome is None and not isinstance(
-            slot.request, (Denoise, Sample, Embed, Minimise)
-        ):
-            slot.coroutine.close()
-            slot.outcome = _ended_by(TypeError(f"{slot.request!r} is not a request"))
+        elif slot.outcome is None:
+            if isinstance(slot.request, (Denoise, Sample, Embed, Minimise)):
+                slot.asked = self.summary.calls
+                is_loss = isinstance(slot.request, Minimise)
+                slot.signature = () if is_loss else signature(slot.request)
+            else:
+                slot.coroutine.close()
+                slot.outcome = _ended_by(TypeError(f"{slot.request!r} is not a request"))
 
-    def _make_room(self, kind: type, group: Sequence[_Slot], error: Exception) -> None:
+    def _make_room(self, kind: type, group: Sequence[Slot], error: Exception) -> None:
         """Out of memory: fewer rows a call; images whose backward was lost start anew."""
         target = Denoise if kind is Minimise else kind
         if self.rows[target] == 1:
@@ -300,19 +169,30 @@ class Engine:
                 slot.coroutine.close()
                 self._start(slot)
 
-    def _priced(self, slot: _Slot) -> Outcome:
+    # Accounting -----------------------------------------------------------------------------
+
+    def _note_call(self, kind: type, group: Sequence[Slot]) -> None:
+        self.summary.calls += 1
+        if kind is not Minimise:
+            rows = sum(num_rows(slot.request) for slot in group)
+            self.summary.rows += rows
+            self.summary.padding += -rows % self.rows[kind]
+
+    def _note_idle(self, slot_seconds: float, *, in_tail: bool) -> None:
+        if in_tail:
+            self.summary.tail_slot_seconds += slot_seconds
+        else:
+            self.summary.idle_slot_seconds += slot_seconds
+
+    def _priced(self, slot: Slot) -> Outcome:
         assert slot.outcome is not None
+        self.summary.images += 1
+        self.stopwatch.settle(wait=True)
         return replace(
             slot.outcome,
-            evaluations=Evaluations(forward=slot.forward, backward=slot.backward),
-            seconds=time.monotonic() - slot.started,
+            evaluations=slot.tally.evaluations(),
+            seconds=slot.tally.spent(time.monotonic() - slot.started),
         )
-
-
-def _refusal(loss: Tensor) -> Exception | None:
-    if loss.numel() != 1 or not loss.requires_grad:
-        return ValueError(f"Minimise needs a scalar with gradients, not {tuple(loss.shape)}")
-    return None if torch.isfinite(loss) else NonFiniteError(f"the loss is {loss.item()}")
 
 
 def _ended_by(error: Exception) -> Outcome:
@@ -332,7 +212,3 @@ def _leaked_state(seed: int) -> str | None:
     if torch.initial_seed() != seed:
         return "a global seed"
     return None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -34,10 +34,51 @@ class Evaluations:
     Attributes:
         forward: rows through the network forwards, with or without gradients.
         backward: rows backpropagated (each costs about one more forward with frozen weights).
+        sampler: those of `forward` that samplers took.
     """
 
     forward: int = 0
     backward: int = 0
+    sampler: int = 0
+
+    @property
+    def in_forwards(self) -> int:
+        """The cost in forward evaluations: one that is backpropagated counts as two."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostRange:
+    """Evaluations of an image that is never replicated and uses up its whole budget.
+
+    Attributes:
+        fewest: every check is decided by its first sample.
+        most: every check draws all its samples.
+    """
+
+    fewest: Evaluations
+    most: Evaluations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """Where the time of one image went; calls shared with other images are split by rows.
+
+    Attributes:
+        total: wall time from start to end; images that share the engine overlap.
+        network: denoiser, forwards and backwards, of the search itself.
+        sampler: drawing samples for checks.
+        similarity: decoding and embedding samples.
+        measurement: the search outside the network (optimiser, losses, random numbers).
+        preparation: reading, encoding and embedding the image.
+    """
+
+    total: float = 0.0
+    network: float = 0.0
+    sampler: float = 0.0
+    similarity: float = 0.0
+    measurement: float = 0.0
+    preparation: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +98,7 @@ class Outcome:
         samples: (N, 3, H, W) pixels in [-1, 1] of the closest check, best first.
         columns: further columns of the score table that only this measurement has.
         evaluations: counted by the engine.
-        seconds: wall time between start and end; images that share the engine overlap.
+        seconds: measured by the engine.
     """
 
     status: Status
@@ -72,4 +113,4 @@ class Outcome:
     samples: Tensor | None = None
     columns: Mapping[str, float | int | str | None] = field(default_factory=dict)
     evaluations: Evaluations = Evaluations()
-    seconds: float = 0.0
+    seconds: Seconds = Seconds()

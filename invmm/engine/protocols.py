@@ -9,11 +9,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from invmm.diffusion.guidance import Condition
 from invmm.diffusion.sampling import Sampler
 from invmm.diffusion.schedule import NoiseSchedule
 from invmm.engine.criterion import ReplicationCriterion
-from invmm.engine.outcomes import Evaluations, Outcome
-from invmm.engine.requests import Condition
+from invmm.engine.outcomes import CostRange, Outcome
 
 
 @runtime_checkable
@@ -62,6 +62,7 @@ class Target:
         latents: (1, C, H, W).
         embedding: (D,) unit-norm.
         condition: one row, or None.
+        negative: one row like it, what guidance pushes away from; None if there is no guidance.
     """
 
     image_id: str
@@ -69,14 +70,21 @@ class Target:
     latents: Tensor
     embedding: Tensor
     condition: Condition | None = None
+    negative: Condition | None = None
 
     def rows(self, count: int) -> Condition | None:
         """The condition repeated for `count` rows."""
-        if self.condition is None:
-            return None
-        return {
-            name: value.expand(count, *value.shape[1:]) for name, value in self.condition.items()
-        }
+        return _repeated(self.condition, count)
+
+    def negative_rows(self, count: int) -> Condition | None:
+        """The negative condition repeated for `count` rows."""
+        return _repeated(self.negative, count)
+
+
+def _repeated(condition: Condition | None, count: int) -> Condition | None:
+    if condition is None:
+        return None
+    return {name: value.expand(count, *value.shape[1:]) for name, value in condition.items()}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,6 +106,6 @@ class Measurement(Protocol):
         """The algorithm, for one image. All randomness comes from `rng`."""
         ...
 
-    def worst_case(self, sampler: Sampler, criterion: ReplicationCriterion) -> Evaluations:
-        """Network evaluations for an image that uses up its whole budget."""
+    def cost(self, sampler: Sampler, criterion: ReplicationCriterion) -> CostRange:
+        """Network evaluations of an image that uses up its whole budget."""
         ...

@@ -7,20 +7,18 @@ goes on with its own rows of the answer.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from invmm.diffusion.guidance import Condition
 from invmm.diffusion.sampling import Sampler
 from invmm.diffusion.schedule import Prediction
 
 T = TypeVar("T")
-
-Condition = Mapping[str, Tensor]
-"""What the denoiser is conditioned on, one row per latent row (prompt_embeds, class_labels...)."""
 
 
 class Request(Generic[T]):
@@ -58,12 +56,16 @@ class Sample(Request[Tensor]):
         sampler: which scheduler, how many steps.
         condition: rows that belong to the noise, or None.
         seeds: one seed a row for samplers that draw noise of their own; see `draw_seeds`.
+        guidance_scale: above 1, the prediction is pushed away from that of `negative`.
+        negative: rows like those of the condition; needed for guidance only.
     """
 
     noise: Tensor
     sampler: Sampler
     condition: Condition | None = None
     seeds: tuple[int, ...] | None = None
+    guidance_scale: float = 1.0
+    negative: Condition | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +96,8 @@ class Embed(Request[Embedding]):
 class Minimise(Request[None]):
     """Backpropagates a scalar loss into the leaves that the measurement owns.
 
-    Raises (inside the measurement):
-        NonFiniteError: the loss is NaN or infinite.
+    Whether it is finite is the measurement's to see, when it reads its losses: looking at each one
+    would make the host wait for the device at every step.
     """
 
     loss: Tensor

@@ -7,7 +7,8 @@ tolerance -> ksi.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Protocol, runtime_checkable
 
 from annotated_types import Ge, Gt
@@ -19,13 +20,24 @@ class KLWeight:
 
     Attributes:
         value: the weight of the KL in the loss of the next step.
-        recent: the latest losses, oldest first.
-        previous: their mean at the check before.
+        previous: the mean loss at the check before.
     """
 
     value: float
-    recent: tuple[float, ...] = ()
     previous: float = math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """The losses of all steps so far, oldest first.
+
+    Attributes:
+        reconstruction: P.
+        total: P + lambda * R.
+    """
+
+    reconstruction: Sequence[float]
+    total: Sequence[float]
 
 
 @runtime_checkable
@@ -36,16 +48,13 @@ class KLWeightController(Protocol):
         """The state before the first step."""
         ...
 
-    def update(
-        self, state: KLWeight, *, reconstruction: float, total: float, check: bool
-    ) -> KLWeight:
+    def update(self, state: KLWeight, losses: Losses | None = None) -> KLWeight:
         """The state after a step.
 
         Args:
             state: before.
-            reconstruction: the step's reconstruction loss P.
-            total: the step's whole loss P + lambda * R.
-            check: whether a replication check follows this step.
+            losses: given at the steps that a replication check follows; between checks nobody
+                reads the losses, so that the device is never waited for.
         """
         ...
 
@@ -73,20 +82,16 @@ class AdaptiveKLWeight:
         """Starts at `initial`; the first check never halves."""
         return KLWeight(value=self.initial)
 
-    def update(
-        self, state: KLWeight, *, reconstruction: float, total: float, check: bool
-    ) -> KLWeight:
+    def update(self, state: KLWeight, losses: Losses | None = None) -> KLWeight:
         """One step of the schedule; see `KLWeightController.update`."""
-        loss = reconstruction if self.progress == "reconstruction" else total
-        recent = (*state.recent, loss)[-self.window :]
-        if not check:
-            return KLWeight(
-                value=state.value + self.increment, recent=recent, previous=state.previous
-            )
+        if losses is None:
+            return replace(state, value=state.value + self.increment)
+        judged = losses.reconstruction if self.progress == "reconstruction" else losses.total
+        recent = judged[-self.window :]
         now = math.fsum(recent) / len(recent)
         stalled = state.previous - now < self.tolerance
         value = state.value / 2 if stalled else state.value + self.increment
-        return KLWeight(value=value, recent=recent, previous=now)
+        return KLWeight(value=value, previous=now)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +108,6 @@ class FixedKLWeight:
         """Starts at `value`."""
         return KLWeight(value=self.value)
 
-    def update(
-        self, state: KLWeight, *, reconstruction: float, total: float, check: bool
-    ) -> KLWeight:
+    def update(self, state: KLWeight, losses: Losses | None = None) -> KLWeight:
         """Changes nothing; see `KLWeightController.update`."""
         return state

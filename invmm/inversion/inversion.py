@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt
 from invmm.diffusion.sampling import Sampler
 from invmm.engine.check import check_replication
 from invmm.engine.criterion import ReplicationCriterion
-from invmm.engine.outcomes import Evaluations, NonFiniteError, Outcome
+from invmm.engine.outcomes import CostRange, Evaluations, NonFiniteError, Outcome
 from invmm.engine.protocols import Setting, Target
 from invmm.engine.requests import Minimise
 from invmm.inversion.controllers import KLWeightController
@@ -63,37 +63,44 @@ class Inversion:
         trace = Trace(noise)
         try:
             for step in range(self.num_steps + 1):
+                check_due = self._checks_at(step)
                 if step > 0:
                     loss, kl = await self.objective(noise, target, setting, rng), noise.kl()
-                    total = loss + weight.value * kl
-                    await Minimise(total)
+                    await Minimise(loss + weight.value * kl)
                     optimizer.step()
                     optimizer.zero_grad()
-                    trace.stepped(loss=loss.item(), kl=kl.item(), kl_weight=weight.value)
-                    weight = self.kl_weight.update(
-                        weight,
-                        reconstruction=loss.item(),
-                        total=total.item(),
-                        check=self._checks_at(step),
-                    )
-                if self._checks_at(step):
+                    trace.stepped(loss=loss, kl=kl, kl_weight=weight.value)
+                    weight = self.kl_weight.update(weight, trace.read() if check_due else None)
+                if check_due:
                     draws = noise.draw(setting.criterion.num_samples, rng).detach()
-                    check = await check_replication(draws, target, setting, rng)
+                    check = await check_replication(
+                        draws, target, setting, rng, first_scale=trace.closest_scale
+                    )
                     trace.checked(check)
                     if check.passed:
                         return trace.replicated()
+            trace.read()
         except NonFiniteError as error:
             return trace.diverged(error)
         return trace.not_replicated()
 
-    def worst_case(self, sampler: Sampler, criterion: ReplicationCriterion) -> Evaluations:
-        """Evaluations of an image that never replicates and never exits a check early."""
+    def cost(self, sampler: Sampler, criterion: ReplicationCriterion) -> CostRange:
+        """See `Measurement`."""
         step = self.objective.evaluations()
-        num_checks = sum(map(self._checks_at, range(self.num_steps + 1)))
-        samples = num_checks * criterion.num_samples * sampler.num_evaluations
-        return Evaluations(
-            forward=self.num_steps * step.forward + samples,
-            backward=self.num_steps * step.backward,
+        checks = sum(map(self._checks_at, range(self.num_steps + 1)))
+        of_sample = sum(map(sampler.evaluations_at, sampler.guidance_scales))
+
+        def with_samples(count: int) -> Evaluations:
+            drawn = checks * count * of_sample
+            return Evaluations(
+                forward=self.num_steps * step.forward + drawn,
+                backward=self.num_steps * step.backward,
+                sampler=drawn,
+            )
+
+        count = criterion.num_samples
+        return CostRange(
+            fewest=with_samples(1 if criterion.early_exit else count), most=with_samples(count)
         )
 
     def _checks_at(self, step: int) -> bool:

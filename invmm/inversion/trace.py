@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from invmm.engine.check import Check
-from invmm.engine.outcomes import Outcome, Status
+from invmm.engine.outcomes import NonFiniteError, Outcome, Status
+from invmm.inversion.controllers import Losses
 from invmm.inversion.noise import GaussianNoise
 
 
@@ -17,24 +20,52 @@ class Trace:
 
     def __init__(self, noise: GaussianNoise) -> None:
         self.noise = noise
-        self.steps = 0
         self.curves: dict[str, list[float]] = defaultdict(list)
         self.closest: Check | None = None
+        self._unread: list[Tensor] = []
 
-    def stepped(self, *, loss: float, kl: float, kl_weight: float) -> None:
-        """After an optimiser step: the losses it saw and the weight it used."""
-        self.steps += 1
-        self.curves["loss"].append(loss)
-        self.curves["kl"].append(kl)
+    @property
+    def steps(self) -> int:
+        """Optimiser steps whose losses have been read."""
+        return len(self.curves["loss"])
+
+    @property
+    def closest_scale(self) -> float | None:
+        """The guidance scale of the closest check so far."""
+        return self.closest.guidance_scale if self.closest else None
+
+    def stepped(self, *, loss: Tensor, kl: Tensor, kl_weight: float) -> None:
+        """After an optimiser step: the losses it saw and the weight it used; reads neither."""
+        self._unread.append(torch.stack([loss.detach(), kl.detach()]))
         self.curves["kl_weight"].append(kl_weight)
+
+    def read(self) -> Losses:
+        """The losses of all steps, those since the last time fetched from the device at once.
+
+        Raises:
+            NonFiniteError: one of them is NaN or infinite; the curves end before it.
+        """
+        unread, self._unread = self._unread, []
+        for loss, kl in torch.stack(unread).tolist() if unread else ():
+            if not math.isfinite(loss + kl):
+                broken = kl if math.isfinite(loss) else loss
+                del self.curves["kl_weight"][self.steps :]
+                raise NonFiniteError(f"the loss is {broken}")
+            self.curves["loss"].append(loss)
+            self.curves["kl"].append(kl)
+        curves = zip(self.curves["loss"], self.curves["kl"], self.curves["kl_weight"], strict=True)
+        return Losses(
+            reconstruction=self.curves["loss"],
+            total=[loss + weight * kl for loss, kl, weight in curves],
+        )
 
     def checked(self, check: Check) -> None:
         """After a replication check; a passed one becomes the closest whatever its similarity."""
-        best = check.similarities.max().item()
+        best = check.best
         self.curves["similarity"].append(best)
         self.curves["similarity_min"].append(check.similarities.min().item())
         self.curves["similarity_step"].append(self.steps)
-        if check.passed or self.closest is None or best > self.closest.similarities.max():
+        if check.passed or self.closest is None or best > self.closest.best:
             self.closest = check
 
     def replicated(self) -> Outcome:
@@ -54,20 +85,22 @@ class Trace:
 
     def diverged(self, error: Exception) -> Outcome:
         """The numbers stopped being finite."""
-        return self._outcome(Status.DIVERGED, error=f"{error} at step {self.steps + 1}")
+        return self._outcome(Status.DIVERGED, error=f"{error} at step {self.steps + 1}", tensors={})
 
     def _outcome(self, status: Status, **results: Any) -> Outcome:
         samples = best = None
+        columns = {}
         if self.closest is not None:
             order = self.closest.similarities.argsort(descending=True)
             samples = self.closest.pixels[order].cpu()
             best = max(self.curves["similarity"])
+            columns = {"guidance_scale": self.closest.guidance_scale}
+        found = {"tensors": self.noise.tensors(), "columns": columns, **results}
         return Outcome(
             status=status,
             best_similarity=best,
             steps=self.steps,
             curves=dict(self.curves),
-            tensors=self.noise.tensors(),
             samples=samples,
-            **results,
+            **found,
         )

@@ -9,8 +9,8 @@ from typing import Any
 
 from invmm.data.dataset import DatasetRecipe
 from invmm.diffusion.sampling import Sampler
-from invmm.engine.engine import EngineSettings
 from invmm.engine.protocols import Measurement
+from invmm.engine.settings import EngineSettings
 from invmm.models.adapter import ModelRecipe
 from invmm.replication.replication import Replication
 from invmm.runtime.loggers import RunLog

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from invmm.data.dataset import ImageDataset, ImageEntry, LoadedImage
-from invmm.engine.engine import Engine, Job
+from invmm.engine.engine import Engine
 from invmm.engine.outcomes import Outcome
 from invmm.engine.protocols import Network, Setting, Similarity, Target
+from invmm.engine.slots import Job
 from invmm.results.records import write_record
 from invmm.results.run_folder import Claim, RunFolder
 from invmm.runtime.plan import MeasureRun

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from worlds import Direction, IdealNetwork, MicroNetwork, make_setting, make_target
 
-from invmm.engine.engine import Engine, EngineSettings, Job
+from invmm.engine.engine import Engine
 from invmm.engine.outcomes import Outcome, Status
 from invmm.engine.requests import Denoise, Embed, Minimise, Sample
+from invmm.engine.settings import EngineSettings
+from invmm.engine.slots import Job
 from invmm.inversion.controllers import AdaptiveKLWeight
 from invmm.inversion.inversion import Inversion
 from invmm.inversion.objectives import DenoisingObjective
@@ -223,8 +225,11 @@ def test_counts_are_those_of_the_real_rows(early_exit):
     outcome = run(network, [job(network, 0, setting=setting)], rows_denoise=16)["image-0"]
     assert outcome.evaluations.backward == 36
     assert outcome.evaluations.forward == 36 + 4 * (1 if early_exit else 4) * 10
-    worst = inversion().worst_case(setting.sampler, setting.criterion)
-    assert (worst.forward, worst.backward) == (36 + 160, 36)
+    assert outcome.evaluations.sampler == 4 * (1 if early_exit else 4) * 10
+    cost = inversion().cost(setting.sampler, setting.criterion)
+    assert outcome.evaluations == cost.fewest
+    assert (cost.most.forward, cost.most.backward, cost.most.sampler) == (36 + 160, 36, 160)
+    assert cost.most.in_forwards == 232
 
 
 def test_early_exit_decides_the_same():

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from invmm.inversion.controllers import AdaptiveKLWeight, FixedKLWeight
+from invmm.inversion.controllers import AdaptiveKLWeight, FixedKLWeight, Losses
 
 
 def transcribed(losses, *, check_every, initial, increment, tolerance, window=100):
@@ -46,14 +46,14 @@ def test_traces_equal_the_transcription(seed, progress):
     )
     state = controller.init()
     found = [state.value]
-    for step, (loss, other) in enumerate(zip(losses, others, strict=True), start=1):
-        reconstruction, total = (loss, other) if progress == "reconstruction" else (other, loss)
-        state = controller.update(
-            state,
-            reconstruction=reconstruction,
-            total=total,
-            check=step % rule["check_every"] == 0,
+    for step in range(1, len(losses) + 1):
+        judged, other = losses[:step], others[:step]
+        seen = (
+            Losses(reconstruction=judged, total=other)
+            if progress == "reconstruction"
+            else Losses(reconstruction=other, total=judged)
         )
+        state = controller.update(state, seen if step % rule["check_every"] == 0 else None)
         found.append(state.value)
     assert found == pytest.approx(transcribed(losses, **rule), rel=1e-12)
 
@@ -63,7 +63,8 @@ def test_the_first_check_never_halves_and_a_stalled_one_does():
     state = controller.init()
     values = []
     for step in range(1, 5):
-        state = controller.update(state, reconstruction=1.0, total=9.0, check=step % 2 == 0)
+        losses = Losses(reconstruction=[1.0] * step, total=[9.0] * step)
+        state = controller.update(state, losses if step % 2 == 0 else None)
         values.append(state.value)
     assert values == [1.25, 1.5, 1.75, 0.875]
 
@@ -71,13 +72,13 @@ def test_the_first_check_never_halves_and_a_stalled_one_does():
 def test_update_leaves_the_old_state_alone():
     controller = AdaptiveKLWeight()
     before = controller.init()
-    controller.update(before, reconstruction=1.0, total=1.0, check=True)
+    controller.update(before, Losses(reconstruction=[1.0], total=[1.0]))
     assert before == controller.init()
 
 
 def test_a_fixed_weight_stays():
     controller = FixedKLWeight(value=0.3)
     state = controller.init()
-    for step in range(10):
-        state = controller.update(state, reconstruction=1.0, total=1.0, check=step % 2 == 0)
+    for losses in (None, Losses(reconstruction=[1.0], total=[2.0])):
+        state = controller.update(state, losses)
     assert state.value == 0.3

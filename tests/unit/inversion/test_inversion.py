@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from worlds import Direction, IdealNetwork, MicroNetwork, make_setting, make_target
 
-from invmm.engine.engine import Engine, EngineSettings, Job
+from invmm.engine.engine import Engine
 from invmm.engine.outcomes import Outcome, Status
+from invmm.engine.settings import EngineSettings
+from invmm.engine.slots import Job
 from invmm.inversion.controllers import AdaptiveKLWeight, FixedKLWeight
 from invmm.inversion.inversion import Inversion
 from invmm.inversion.objectives import DenoisingObjective

@@ -1,0 +1,155 @@
+"""How each request is answered: packed with those like it, in calls of a constant row count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from invmm.diffusion.guidance import guided, is_guided
+from invmm.diffusion.sampling import draw
+from invmm.diffusion.schedule import Prediction
+from invmm.engine.accounting import Stopwatch, Tally
+from invmm.engine.batching import by_names, condition_values, in_calls, needs_grad, num_rows
+from invmm.engine.outcomes import NonFiniteError
+from invmm.engine.protocols import Network, Similarity
+from invmm.engine.requests import Denoise, Embed, Embedding, Minimise, Sample
+from invmm.engine.slots import Slot
+
+
+class Answers:
+    """The network and the similarity network, asked by many images at once.
+
+    Args:
+        network: the frozen model.
+        similarity: the frozen similarity network.
+        rows: of a call, by request; may be lowered between calls.
+        stopwatch: books the time of each call.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        similarity: Similarity,
+        rows: dict[type, int],
+        stopwatch: Stopwatch,
+    ) -> None:
+        self.network, self.similarity = network, similarity
+        self.rows, self.stopwatch = rows, stopwatch
+
+    def __call__(self, group: Sequence[Slot], slots: Sequence[Slot]) -> Sequence[Any]:
+        """One answer, or error, for each slot of a group that `next_group` put together."""
+        kind = type(group[0].request)
+        if kind is Minimise:
+            return self._minimise(group, slots)
+        if kind is Denoise:
+            return self._denoise(group)
+        return self._sample(group) if kind is Sample else self._embed(group)
+
+    def _minimise(self, group: Sequence[Slot], slots: Sequence[Slot]) -> list[Exception | None]:
+        """Backpropagates the sum: rows do not mix, so each image gets exactly its own gradient."""
+        requests: list[Minimise] = [slot.request for slot in group]  # pyright: ignore
+        answers = [_refusal(request.loss) for request in requests]
+        losses = [r.loss for r, refusal in zip(requests, answers, strict=True) if refusal is None]
+        others_need_graph = any(slot.tally.graph_rows for slot in slots if slot not in group)
+        shares: dict[Tally, float] = {slot.tally: slot.tally.graph_rows or 1 for slot in group}
+        if losses:
+            with self.stopwatch.time("network", shares):
+                torch.autograd.backward(losses, retain_graph=others_need_graph)
+        for slot in group:
+            slot.tally.backpropagated()
+        return answers
+
+    def _denoise(self, group: Sequence[Slot]) -> list[Prediction]:
+        requests: list[Denoise] = [slot.request for slot in group]  # pyright: ignore
+        keep_graph = needs_grad(requests[0])
+        columns = [[r.latents, r.timesteps, *condition_values(r)] for r in requests]
+        names = tuple(requests[0].condition or ())
+
+        def call(latents: Tensor, timesteps: Tensor, *condition: Tensor) -> Tensor:
+            return self.network.predict(latents, timesteps, by_names(names, condition))
+
+        with torch.set_grad_enabled(keep_graph), self.stopwatch.time("network", _shares(group)):
+            outputs = in_calls(call, columns, self.rows[Denoise])
+        for slot, request in zip(group, requests, strict=True):
+            slot.tally.evaluated(len(request.latents), keep_graph=keep_graph)
+        schedule = self.network.schedule
+        return [
+            Prediction(output, request.latents, request.timesteps, schedule)
+            for output, request in zip(outputs, requests, strict=True)
+        ]
+
+    def _sample(self, group: Sequence[Slot]) -> list[Tensor | NonFiniteError]:
+        requests: list[Sample] = [slot.request for slot in group]  # pyright: ignore
+        sampler, keep_graph = requests[0].sampler, needs_grad(requests[0])
+        with_guidance = is_guided(requests[0].guidance_scale)
+        names = tuple(requests[0].condition or ())
+        columns = []
+        for request in requests:
+            count = len(request.noise)
+            seeds = torch.tensor(request.seeds or [0] * count)
+            column = [request.noise, seeds, *condition_values(request)]
+            if with_guidance:
+                negative = request.negative
+                if negative is None or not names:
+                    raise ValueError(
+                        f"guidance at scale {request.guidance_scale} needs a condition and its "
+                        "negative; use sampler.guidance_scales=[1] for an unconditional model"
+                    )
+                scales = torch.full((count,), request.guidance_scale)
+                column += [scales, *(negative[name] for name in names)]
+            columns.append(column)
+
+        def call(noise: Tensor, seeds: Tensor, *conditions: Tensor) -> Tensor:
+            condition = by_names(names, conditions[: len(names)])
+            predict = self.network.predict
+
+            def plain(latents: Tensor, timesteps: Tensor) -> Tensor:
+                return predict(latents, timesteps, condition)
+
+            if with_guidance and condition is not None:
+                scales, *rest = conditions[len(names) :]
+                negative = dict(zip(names, rest, strict=True))
+                step = guided(predict, condition, negative, scales)
+            else:
+                step = plain
+            return draw(
+                step,
+                noise,
+                sampler=sampler,
+                schedule=self.network.schedule,
+                seeds=seeds.tolist(),
+            )
+
+        with torch.set_grad_enabled(keep_graph), self.stopwatch.time("sampler", _shares(group)):
+            outputs = in_calls(call, columns, self.rows[Sample])
+            finite = [bool(torch.isfinite(output).all()) for output in outputs]
+        evaluations = sampler.evaluations_at(requests[0].guidance_scale)
+        for slot, output in zip(group, outputs, strict=True):
+            rows = len(output) * evaluations
+            slot.tally.evaluated(rows, keep_graph=keep_graph, in_sampler=True)
+        return [
+            output if is_finite else NonFiniteError("a sample is not finite")
+            for output, is_finite in zip(outputs, finite, strict=True)
+        ]
+
+    def _embed(self, group: Sequence[Slot]) -> list[Embedding]:
+        requests: list[Embed] = [slot.request for slot in group]  # pyright: ignore
+        columns = [[request.latents] for request in requests]
+        with torch.no_grad(), self.stopwatch.time("similarity", _shares(group)):
+            pixels = in_calls(self.network.decode, columns, self.rows[Embed])
+            columns = [[own] for own in pixels]
+            vectors = in_calls(self.similarity.embed, columns, self.rows[Embed])
+        return [Embedding(*pair) for pair in zip(pixels, vectors, strict=True)]
+
+
+def _shares(group: Sequence[Slot]) -> dict[Tally, float]:
+    return {slot.tally: num_rows(slot.request) for slot in group}
+
+
+def _refusal(loss: Tensor) -> Exception | None:
+    if loss.numel() != 1 or not loss.requires_grad:
+        return ValueError(f"Minimise needs a scalar with gradients, not {tuple(loss.shape)}")
+    return None

@@ -1,0 +1,98 @@
+"""Which waiting requests go into the next network call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from invmm.engine.accounting import Tally
+from invmm.engine.batching import num_rows
+from invmm.engine.outcomes import Outcome
+from invmm.engine.requests import Denoise, Embed, Minimise, Request, Sample
+
+PATIENCE = 64
+"""Calls that a request lets pass before it is answered in one that is not full (ours)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One image to measure.
+
+    Attributes:
+        key: the image id.
+        start: prepares the image and returns its measurement; called again on a restart.
+    """
+
+    key: str
+    start: Callable[[], Coroutine[Any, Any, Outcome]]
+
+
+@dataclass(eq=False)
+class Slot:
+    """A job in flight, the request it waits for, and what it has cost.
+
+    Attributes:
+        job: the image.
+        coroutine: its measurement.
+        request: what it waits for.
+        signature: requests with the same one can share a call.
+        asked: the number of calls the engine had made when it asked.
+        outcome: set when it has ended.
+        tally: its cost.
+        started: seconds on the monotonic clock.
+    """
+
+    job: Job
+    coroutine: Coroutine[Any, Any, Outcome] | None = None
+    request: Request[Any] | None = None
+    signature: tuple[Any, ...] = ()
+    asked: int = 0
+    outcome: Outcome | None = None
+    tally: Tally = field(default_factory=Tally)
+    started: float = field(default_factory=time.monotonic)
+
+
+def next_group(
+    slots: Sequence[Slot], rows: Mapping[type, int], *, calls: int
+) -> tuple[list[Slot], bool]:
+    """The requests to answer now, and whether they fill a call.
+
+    Losses come first, since they free memory; then whatever fills a call: samples, the denoiser,
+    the rest. What fills none is answered in the order denoiser, the rest, samples, so that
+    samples of several images meet; but nothing waits longer than `PATIENCE` calls.
+
+    Args:
+        slots: all of them wait for an answer; the longest-waiting first.
+        rows: of a call, by request.
+        calls: the engine has made so far.
+    """
+    if losses := [slot for slot in slots if isinstance(slot.request, Minimise)]:
+        return losses, True
+    waiting: dict[tuple[Any, ...], list[Slot]] = {}
+    for slot in slots:
+        waiting.setdefault(slot.signature, []).append(slot)
+    groups = [_fill_call(same, rows[type(same[0].request)]) for same in waiting.values()]
+    longest, _ = groups[0]
+    if calls - longest[0].asked > PATIENCE:
+        return longest, True
+    for kind in (Sample, Denoise, Embed):
+        for group, full in groups:
+            if full and isinstance(group[0].request, kind):
+                return group, True
+    order = (Denoise, Embed, Sample)
+    partial, _ = min(groups, key=lambda found: order.index(type(found[0][0].request)))
+    return partial, False
+
+
+def _fill_call(waiting: Sequence[Slot], room: int) -> tuple[list[Slot], bool]:
+    """The requests, longest-waiting first, that fit into one call; whether they fill it."""
+    group: list[Slot] = []
+    for slot in waiting:
+        count = num_rows(slot.request)
+        if group and count > room:
+            return group, True
+        group.append(slot)
+        room -= count
+    return group, room <= 0
