@@ -88,8 +88,11 @@ def records(run_dir: Path) -> dict[str, dict]:
     """What a run says of each image: its record and all arrays, without the clock."""
     found = {}
     for path in sorted(run_dir.glob("records/*/record.json")):
-        record = json.loads(path.read_text())
-        record.pop("seconds")
+        record = {
+            name: value
+            for name, value in json.loads(path.read_text()).items()
+            if not name.startswith("seconds")
+        }
         arrays = path.parent / "arrays.safetensors"
         if arrays.exists():
             record["arrays"] = {

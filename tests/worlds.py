@@ -6,6 +6,8 @@ whose answers have no closed form; `Direction` is a similarity network that is j
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -92,6 +94,15 @@ class MicroNetwork(PixelWorld):
         return self.body(torch.cat([latents, time], 1))
 
 
+class ConditionalNetwork(MicroNetwork):
+    """A `MicroNetwork` whose output is shifted by its condition, so that guidance matters."""
+
+    def predict(self, latents: Tensor, timesteps: Tensor, condition: object) -> Tensor:
+        assert isinstance(condition, dict)
+        assert len(condition["embeds"]) == len(latents)
+        return super().predict(latents, timesteps, None) + condition["embeds"][:, :, None, None]
+
+
 class Direction:
     """Cosine similarity of flattened pixels."""
 
@@ -111,6 +122,14 @@ def make_target(network: PixelWorld, seed: int = 0) -> Target:
         latents=network.encode(pixels[None]),
         embedding=Direction().embed(pixels[None])[0],
     )
+
+
+def make_conditional_target(network: PixelWorld, seed: int = 0) -> Target:
+    """A random image with a random prompt and an empty negative one."""
+    generator = torch.Generator().manual_seed(seed)
+    embeds = torch.randn(1, network.latent_shape[0], generator=generator)
+    target = make_target(network, seed)
+    return replace(target, condition={"embeds": embeds}, negative={"embeds": 0 * embeds})
 
 
 def make_setting(

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from invmm.data.dataset import ImageEntry, LoadedImage
-from invmm.engine.outcomes import Evaluations, Outcome, Status
+from invmm.engine.outcomes import Evaluations, Outcome, Seconds, Status
 from invmm.results.records import write_record
 from invmm.results.run_folder import RunFolder
 
@@ -37,8 +37,8 @@ def outcome(status: Status, *, score: float | None = None, similarity: float | N
         curves={"loss": [2.0, 1.0], "similarity": [0.1, 0.25], "similarity_step": [0, 2]},
         tensors={"mean": torch.arange(48.0).reshape(3, 4, 4)},
         samples=None if similarity is None else torch.stack([-torch.ones(3, 4, 4)] * 2),
-        evaluations=Evaluations(forward=40, backward=8),
-        seconds=1.5,
+        evaluations=Evaluations(forward=40, backward=8, sampler=32),
+        seconds=Seconds(total=1.5, network=0.5, sampler=0.25),
     )
     return Outcome(**{**given, **more})
 

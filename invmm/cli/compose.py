@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -18,8 +16,19 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from invmm.files import json_digest
+
 CONF = "invmm.conf"
-MACHINE_KEYS = ("hydra", "out", "run_dir", "logger", "trainer", "dry_run", "retry_failed")
+MACHINE_KEYS = (
+    "hydra",
+    "out",
+    "run_dir",
+    "shard",
+    "logger",
+    "trainer",
+    "dry_run",
+    "retry_failed",
+)
 """Top-level keys that change where and how a run happens, never its results."""
 
 
@@ -99,8 +108,7 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def digest_of(config: Mapping[str, Any]) -> str:
     """12 hex digits over the identity of a config."""
-    text = json.dumps(identity_of(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return json_digest(identity_of(config))
 
 
 def register_resolvers() -> None:

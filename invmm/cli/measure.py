@@ -32,17 +32,17 @@ def _check(config: Mapping[str, Any], faults: list[str]) -> MeasureConfig | None
 
 
 def _dry_run(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
-    from invmm.cli.recipes import describe_measure
+    from invmm.cli.estimate import describe
 
-    return describe_measure(recipes, config)
+    return describe(recipes, config)
 
 
 def _execute(
     recipes: MeasureConfig, config: Mapping[str, Any], folder: Path, identity: Mapping[str, Any]
 ) -> int:
-    from invmm.cli.compose import digest_of
+    from invmm.files import json_digest
     from invmm.runtime.measure import measure
-    from invmm.runtime.plan import MeasureRun
+    from invmm.runtime.plan import MeasureRun, Shard
 
     return measure(
         MeasureRun(
@@ -51,15 +51,17 @@ def _execute(
             dataset=recipes.dataset,
             sampler=recipes.sampler,
             replication=recipes.replication,
+            execution=recipes.execution,
             engine=recipes.engine,
             trainer=recipes.trainer,
             logger=recipes.logger,
             seed=recipes.seed,
+            shard=Shard.parse(recipes.shard) if recipes.shard else None,
             run_dir=folder,
             retry_failed=recipes.retry_failed,
             config=config,
             identity=identity,
-            digest=digest_of(identity),
+            digest=json_digest(identity),
         )
     )
 

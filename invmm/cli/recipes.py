@@ -7,19 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import yaml
 from annotated_types import Ge, Gt, Lt, MinLen
 
-from invmm.cli.compose import digest_of
 from invmm.cli.schema import build
 from invmm.data.dataset import DatasetRecipe
+from invmm.diffusion.guidance import is_guided
 from invmm.diffusion.sampling import Sampler
 from invmm.engine.protocols import Measurement
 from invmm.engine.settings import EngineSettings
 from invmm.models.adapter import ModelInfo, ModelRecipe
 from invmm.models.architectures import TrainableModel
+from invmm.models.execution import Execution
 from invmm.replication.replication import Replication
 from invmm.runtime.loggers import RunLog
+from invmm.runtime.plan import Shard
 from invmm.runtime.trainer import TrainerSettings
 from invmm.runtime.training import TrainingSettings
 
@@ -34,12 +35,14 @@ class MeasureConfig:
     dataset: DatasetRecipe
     sampler: Sampler
     replication: Replication
+    execution: Execution
     engine: EngineSettings
     trainer: TrainerSettings
     logger: RunLog
     seed: Annotated[int, Ge(0)]
     out: Annotated[str, MinLen(1)]
     run_dir: Annotated[str, MinLen(1)] | None
+    shard: str | None
     retry_failed: bool
     dry_run: bool
 
@@ -103,43 +106,38 @@ def check_threshold(config: Mapping[str, Any], faults: list[str]) -> ThresholdCo
     return None if faults else recipes
 
 
-def describe_measure(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
-    """What a run would do: config, images, evaluations and memory. Loads no weights."""
-    info = recipes.model.describe()
-    dataset = recipes.dataset.open(info.image_size)
-    cost = recipes.measurement.worst_case(recipes.sampler, recipes.replication)
-    images = len(dataset.entries)
-    weights = "unknown" if info.weight_bytes is None else f"{info.weight_bytes / 2**20:.1f} MiB"
-    activations = recipes.model.activation_bytes(recipes.engine.rows_denoise) / 2**20
-    problems = [f"data set: {problem}" for problem in dataset.problems]
-    return "\n".join(
-        (
-            yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).strip(),
-            "",
-            *problems,
-            f"config digest: {digest_of(config)}",
-            f"images: {images} of {info.image_size}x{info.image_size} pixels",
-            f"evaluations, at most: {cost.forward * images:,} forward and "
-            f"{cost.backward * images:,} backward rows "
-            f"({cost.forward:,} and {cost.backward:,} an image)",
-            f"memory, beside the libraries: {weights} of weights and {activations:.1f} MiB of "
-            f"activations ({recipes.engine.rows_denoise} rows with gradients)",
-        )
-    )
-
-
 def _check_between(config: Mapping[str, Any], faults: list[str]) -> None:
     """Faults between the nodes, as far as the nodes can be read."""
     sampler: Sampler | None = _readable(Sampler, config.get("sampler"))
     model: ModelRecipe | None = _readable(ModelRecipe, config.get("model"))
+    _check_shard(config, faults)
     info: ModelInfo | None = _collect(model.describe, faults) if model else None
     if info is None or model is None:
         return
     _check_size((config.get("dataset") or {}).get("size"), info.image_size, faults)
     if sampler is not None:
         _collect(lambda: sampler.check_steps(info.num_train_timesteps), faults)
+        scales = list(sampler.guidance_scales)
+        if not info.is_conditional and any(map(is_guided, scales)):
+            faults.append(
+                f"sampler.guidance_scales={scales} has no meaning for an unconditional model; use "
+                "sampler.guidance_scales=[1]"
+            )
         if not faults:  # building the schedule takes a second that a faulty config need not wait
             _collect(lambda: sampler.check_schedule(model.schedule()), faults)
+
+
+def _check_shard(config: Mapping[str, Any], faults: list[str]) -> None:
+    shard = config.get("shard")
+    if not isinstance(shard, str):
+        return
+    _collect(lambda: Shard.parse(shard), faults)
+    engine: EngineSettings | None = _readable(EngineSettings, config.get("engine"))
+    if engine is not None and engine.open:
+        faults.append(
+            f"engine.{engine.open[0]}=auto may be measured differently on each machine, and "
+            f"shard={shard} is to give the records of one run; give a number of rows"
+        )
 
 
 def _check_size(dataset_size: Any, model_size: Any, faults: list[str]) -> None:

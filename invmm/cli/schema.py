@@ -115,13 +115,18 @@ def _value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
     try:
         return TypeAdapter(hint, config=_STRICT).validate_python(value)
     except ValidationError as error:
+        advice: dict[str, list[str]] = {}
         for detail in error.errors():
             where = ".".join((path, *(str(part) for part in detail["loc"] if part in _keys(value))))
             shown = _shown(detail["input"])
-            advice = re.sub(r"^(Input|String) should", "it should", detail["msg"])
+            cure = re.sub(r"^(Input|String) should", "it should", detail["msg"])
             if detail["type"] == "string_type" and isinstance(value, int | float):
-                advice += f"; in quotes it is one: '{where}=\"{shown}\"'"
-            faults.append(f"{where}={shown} is not possible: {advice}")
+                cure += f"; in quotes it is one: '{where}=\"{shown}\"'"
+            advice.setdefault(f"{where}={shown}", []).append(cure)
+        # One value may fail each of several types that would do.
+        faults += [
+            f"{where} is not possible: {', or '.join(cures)}" for where, cures in advice.items()
+        ]
         raise NotBuilt from None
 
 

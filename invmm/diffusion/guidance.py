@@ -15,6 +15,13 @@ Condition = Mapping[str, Tensor]
 """What the denoiser is conditioned on, one row per latent row (prompt_embeds, class_labels...)."""
 
 
+def repeated(condition: Condition | None, count: int) -> Condition | None:
+    """One row of a condition as `count` rows, without copying it."""
+    if condition is None:
+        return None
+    return {name: value.expand(count, *value.shape[1:]) for name, value in condition.items()}
+
+
 def is_guided(guidance_scale: float) -> bool:
     """Whether a scale needs a second evaluation; at 1 and below, pipelines leave guidance out."""
     return guidance_scale > 1

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from invmm.diffusion.guidance import Condition
+from invmm.diffusion.guidance import Condition, repeated
 from invmm.diffusion.sampling import Sampler
 from invmm.diffusion.schedule import NoiseSchedule
 from invmm.engine.criterion import ReplicationCriterion
@@ -74,17 +74,11 @@ class Target:
 
     def rows(self, count: int) -> Condition | None:
         """The condition repeated for `count` rows."""
-        return _repeated(self.condition, count)
+        return repeated(self.condition, count)
 
     def negative_rows(self, count: int) -> Condition | None:
         """The negative condition repeated for `count` rows."""
-        return _repeated(self.negative, count)
-
-
-def _repeated(condition: Condition | None, count: int) -> Condition | None:
-    if condition is None:
-        return None
-    return {name: value.expand(count, *value.shape[1:]) for name, value in condition.items()}
+        return repeated(self.negative, count)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,9 +9,11 @@ from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge
+from torch import Tensor
 
+from invmm.diffusion.guidance import Condition, repeated
 from invmm.engine.memory import is_out_of_memory
-from invmm.engine.protocols import Network, Similarity, Target
+from invmm.engine.protocols import Network, Similarity
 
 Count = Annotated[int, Ge(1)]
 MAX_ROWS = 1024
@@ -46,28 +48,31 @@ class EngineSettings:
         rows = ("rows_denoise", "rows_sample", "rows_embed")
         return [name for name in rows if getattr(self, name) == "auto"]
 
-    def chosen(self, network: Network, similarity: Similarity, target: Target) -> EngineSettings:
+    def chosen(
+        self, network: Network, similarity: Similarity, condition: Condition | None = None
+    ) -> EngineSettings:
         """The settings with every open row count measured on this device.
 
         Args:
             network: the model.
             similarity: the similarity network.
-            target: any image; its condition is used.
+            condition: one row like those of the run.
         """
-        timesteps = torch.zeros(1, dtype=torch.long, device=network.device)
+
+        def blank(rows: int) -> Tensor:
+            return torch.zeros(rows, *network.latent_shape, device=network.device)
 
         def denoise(rows: int, *, backward: bool) -> None:
-            latents = torch.zeros(rows, *network.latent_shape, device=network.device)
+            latents = blank(rows).requires_grad_(backward)
+            timesteps = torch.zeros(rows, dtype=torch.long, device=network.device)
             with torch.set_grad_enabled(backward):
-                latents.requires_grad_(backward)
-                output = network.predict(latents, timesteps.expand(rows), target.rows(rows))
+                output = network.predict(latents, timesteps, repeated(condition, rows))
                 if backward:
                     output.sum().backward()
 
         def embed(rows: int) -> None:
             with torch.no_grad():
-                latents = target.latents.expand(rows, *target.latents.shape[1:])
-                similarity.embed(network.decode(latents))
+                similarity.embed(network.decode(blank(rows)))
 
         calls: dict[str, Callable[[int], None]] = {
             "rows_denoise": lambda rows: denoise(rows, backward=True),

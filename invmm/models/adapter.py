@@ -8,7 +8,8 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from invmm.diffusion.schedule import NoiseSchedule
-from invmm.engine.protocols import Network
+from invmm.models.cost import CallCost
+from invmm.models.execution import Execution, LoadedNetwork
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class ModelInfo:
         num_train_timesteps: T.
         prediction_type: what the network predicts.
         weight_bytes: size of the weight files; None if they are not on this machine.
+        is_conditional: whether it can be told what to draw.
     """
 
     family: str
@@ -30,6 +32,7 @@ class ModelInfo:
     num_train_timesteps: int
     prediction_type: str
     weight_bytes: int | None
+    is_conditional: bool = False
 
 
 @runtime_checkable
@@ -44,11 +47,11 @@ class ModelRecipe(Protocol):
         """The noise schedule that the model was trained with."""
         ...
 
-    def activation_bytes(self, rows: int) -> int:
-        """Bytes that a call of so many rows keeps for its gradients; loads no weights."""
+    def call_cost(self, rows: int, execution: Execution) -> CallCost:
+        """Of a call of so many rows with gradients; loads no weights."""
         ...
 
-    def load(self, device: torch.device) -> Network:
+    def load(self, device: torch.device) -> LoadedNetwork:
         """The frozen model on its device."""
         ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +14,9 @@ from invmm.diffusion.schedule import TRAINED_KEYS, NoiseSchedule
 from invmm.engine.requests import Condition
 from invmm.files import file_sha256
 from invmm.models.adapter import ModelInfo
+from invmm.models.cost import CallCost, call_cost
+from invmm.models.execution import Execution
 from invmm.models.loading import PIPELINES, ModelFolder, load_unet, open_folder
-from invmm.models.memory import activation_bytes
 
 _LUMINANCE = (0.299, 0.587, 0.114)
 
@@ -74,7 +75,7 @@ class PixelUNet:
                 f"the noise schedule of {self._source} is unusable: {error}"
             ) from error
 
-    def activation_bytes(self, rows: int) -> int:
+    def call_cost(self, rows: int, execution: Execution) -> CallCost:
         """See `ModelRecipe`."""
         from diffusers import UNet2DModel
 
@@ -82,10 +83,13 @@ class PixelUNet:
         with torch.device("meta"):
             unet: Any = UNet2DModel.from_config(dict(config))
             unet.requires_grad_(False)
+            execution.configure(unet)
             latents = torch.empty(rows, *_latent_shape(self.path, config), requires_grad=True)
             timesteps = torch.zeros(rows, dtype=torch.long)
-            in_float32 = activation_bytes(unet, lambda: unet(latents, timesteps).sample)
-        return in_float32 * getattr(torch, self.dtype).itemsize // 4
+            cost = call_cost(unet, lambda: unet(latents, timesteps).sample)
+        if self.dtype != "float32":
+            return replace(cost, activation_bytes=cost.activation_bytes // 2)
+        return execution.cost(cost)
 
     def load(self, device: torch.device) -> PixelNetwork:
         """Loads, freezes and moves the network; see `ModelRecipe`."""
@@ -137,7 +141,7 @@ class PixelNetwork:
         self.latent_shape = _latent_shape("in memory", unet.config)
         self.schedule = schedule
         self.device = device
-        self._unet = unet.to(device).eval().requires_grad_(False)
+        self.denoiser = unet.to(device).eval().requires_grad_(False)
 
     @classmethod
     def from_pipeline(cls, pipeline: Any) -> PixelNetwork:
@@ -153,7 +157,7 @@ class PixelNetwork:
 
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Condition | None) -> Tensor:
         """See `Network`; a learned variance is left out."""
-        output = self._unet(latents.to(self._unet.dtype), timesteps).sample
+        output = self.denoiser(latents.to(self.denoiser.dtype), timesteps).sample
         return output[:, : self.latent_shape[0]].to(latents.dtype)
 
     def encode(self, pixels: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from invmm.engine.outcomes import Outcome
 from invmm.files import write_atomically
 from invmm.results.run_folder import RunFolder, load_record
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def write_record(
@@ -134,7 +134,13 @@ def _record(
         "steps": outcome.steps,
         "evaluations_forward": outcome.evaluations.forward,
         "evaluations_backward": outcome.evaluations.backward,
-        "seconds": outcome.seconds,
+        "evaluations_sampler": outcome.evaluations.sampler,
+        "seconds": outcome.seconds.total,
+        "seconds_network": outcome.seconds.network,
+        "seconds_sampler": outcome.seconds.sampler,
+        "seconds_similarity": outcome.seconds.similarity,
+        "seconds_measurement": outcome.seconds.measurement,
+        "seconds_preparation": outcome.seconds.preparation,
         "error": outcome.error,
         "seed": seed,
         "config_digest": folder.digest,

@@ -3,6 +3,7 @@
 run_dir/manifest.json            what was run, on what
 run_dir/records/KEY/record.json  one folder an image; its record is written last
 run_dir/finished.log             one line a record, in the order they were finished
+run_dir/processes.jsonl          how each process that came to its end spent its time
 run_dir/locks/                   held by processes at work; the kernel frees them when one dies
 """
 
@@ -13,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -55,13 +56,22 @@ class RunFolder:
     digest: str
 
     @classmethod
-    def open(cls, path: Path, *, config: Mapping[str, Any], digest: str) -> OwnedRunFolder:
+    def open(
+        cls, path: Path, *, config: Mapping[str, Any], digest: str, shard: str | None = None
+    ) -> OwnedRunFolder:
         """Creates the folder or comes back to it, as the one run that may write there.
+
+        Args:
+            path: of the folder.
+            config: of the run.
+            digest: of that config.
+            shard: name of the part that this run measures; runs of different parts may be at
+                work in one folder at the same time.
 
         Raises:
             ValueError: it belongs to another config, or another run is at work in it.
         """
-        return OwnedRunFolder(cls(path, digest), config)
+        return OwnedRunFolder(cls(path, digest), config, shard)
 
     def record_folder(self, image_id: str) -> Path:
         """Where an image's record and pictures go."""
@@ -102,8 +112,8 @@ class RunFolder:
         with (self.path / "finished.log").open("ab") as file:
             file.write(line.encode())
 
-    def follow_finished(self) -> Callable[[], Iterator[Status]]:
-        """A function that yields the statuses noted since it was last called."""
+    def follow_finished(self, image_ids: Collection[str]) -> Callable[[], Iterator[Status]]:
+        """A function that yields the statuses of these images noted since it was last called."""
         log = self.path / "finished.log"
         position = log.stat().st_size if log.exists() else 0
 
@@ -116,9 +126,39 @@ class RunFolder:
                 for line in file:
                     if line.endswith(b"\n"):
                         position += len(line)
-                        yield Status(json.loads(line)[1])
+                        image_id, status = json.loads(line)
+                        if image_id in image_ids:
+                            yield Status(status)
 
         return new
+
+    def note_process(self, account: Mapping[str, Any]) -> None:
+        """Keeps how a process spent its time."""
+        with (self.path / "processes.jsonl").open("ab") as file:
+            file.write((json.dumps(account) + "\n").encode())
+
+    def settled(self, name: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What the first process to ask decides, for all processes and reruns of the run.
+
+        Args:
+            name: of the file in the folder that keeps it.
+            decide: called by one process only; the others wait.
+        """
+        path = self.path / name
+        with (self.path / f"{name}.lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                write_atomically(path, json.dumps(decide(), indent=1).encode())
+            return json.loads(path.read_bytes())
+
+
+def read_processes(run_dir: Path) -> list[dict[str, Any]]:
+    """How the processes of a run spent their time, the oldest first."""
+    path = run_dir / "processes.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 @dataclass(frozen=True)
@@ -145,18 +185,21 @@ class OwnedRunFolder:
     Args:
         folder: the folder.
         config: the resolved config, compared and kept.
+        shard: its name; None for a run of all images.
     """
 
-    def __init__(self, folder: RunFolder, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: RunFolder, config: Mapping[str, Any], shard: str | None) -> None:
         path = folder.path
+        self._is_alone = shard is None
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(path / "run.lock")
+            self._locks = _locks(path, shard)
         except OSError as error:
             raise ValueError(
                 f"run_dir={path} cannot be written: {error.strerror}; choose another run_dir"
             ) from error
-        if self._lock is None:
+        if None in self._locks:
+            self._close()
             raise ValueError(
                 f"another run is at work in {path}; wait for it or choose another run_dir"
             )
@@ -164,11 +207,11 @@ class OwnedRunFolder:
         try:
             self._belongs_to(config)
         except BaseException:
-            self._lock.close()
+            self._close()
             raise
 
     def __enter__(self) -> RunFolder:
-        for place in (".*.tmp", "records/*/.*.tmp"):
+        for place in (".*.tmp", "records/*/.*.tmp") if self._is_alone else ():
             for leftover in self._folder.path.glob(place):
                 if leftover.is_file():
                     leftover.unlink(missing_ok=True)
@@ -180,8 +223,12 @@ class OwnedRunFolder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._lock is not None
-        self._lock.close()
+        self._close()
+
+    def _close(self) -> None:
+        for lock in self._locks:
+            if lock is not None:
+                lock.close()
 
     def _belongs_to(self, config: Mapping[str, Any]) -> None:
         path = self._folder.path / "config.json"
@@ -213,11 +260,22 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
     return [] if old == new else [f"{key} was {old} and is {new}"]
 
 
-def _lock(path: Path) -> IO[bytes] | None:
-    """An open file with an exclusive lock, None if someone else holds it."""
+def _locks(folder: Path, shard: str | None) -> list[IO[bytes] | None]:
+    """The folder for oneself, or shared with other shards but the shard for oneself."""
+    if shard is None:
+        return [_lock(folder / "run.lock")]
+    (folder / "locks").mkdir(exist_ok=True)
+    return [
+        _lock(folder / "run.lock", shared=True),
+        _lock(folder / "locks" / f"shard-{_KEEP.sub('-of-', shard)}.lock"),
+    ]
+
+
+def _lock(path: Path, *, shared: bool = False) -> IO[bytes] | None:
+    """An open file with a lock, exclusive unless shared; None if someone else holds it."""
     file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         return None

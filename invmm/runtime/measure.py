@@ -39,13 +39,15 @@ def measure(run: MeasureRun) -> int:
         ValueError: the folder belongs to another run, or model and images do not go together.
     """
     dataset = run.dataset.open(run.model.describe().image_size)
-    with RunFolder.open(run.run_dir, config=run.identity, digest=run.digest) as folder:
+    shard = str(run.shard) if run.shard else None
+    with RunFolder.open(run.run_dir, config=run.identity, digest=run.digest, shard=shard) as folder:
         inputs = Inputs.of(run.model, run.replication, dataset)
         write_manifest(
             folder, inputs, config=run.config, seed=run.seed, problems=list(dataset.problems)
         )
-        pending = folder.pending(dataset.entries, retry_failed=run.retry_failed)
-        _announce(run, dataset, len(pending))
+        entries = run.shard.of(dataset.entries) if run.shard else dataset.entries
+        pending = folder.pending(entries, retry_failed=run.retry_failed)
+        _announce(run, dataset, len(entries), len(pending))
         exit_code = EXIT_DONE
         if pending:
             exit_code = _measure_pending(run, folder, dataset, pending)
@@ -54,12 +56,12 @@ def measure(run: MeasureRun) -> int:
     return exit_code
 
 
-def _announce(run: MeasureRun, dataset: ImageDataset, num_pending: int) -> None:
+def _announce(run: MeasureRun, dataset: ImageDataset, total: int, num_pending: int) -> None:
     for problem in dataset.problems:
         print(f"data set: {problem}", file=sys.stderr)
-    total = len(dataset.entries)
+    part = f" (shard {run.shard} of {len(dataset.entries)})" if run.shard else ""
     done = f", {total - num_pending} of them measured before" if num_pending < total else ""
-    print(f"{total} images{done}; records in {run.run_dir}", flush=True)
+    print(f"{total} images{part}{done}; records in {run.run_dir}", flush=True)
 
 
 def _measure_pending(
@@ -67,7 +69,7 @@ def _measure_pending(
 ) -> int:
     exit_code, reason = EXIT_DONE, "a process ended early"
     try:
-        with interruptible(), progress_bar(folder, len(pending)):
+        with interruptible(), progress_bar(folder, pending):
             _predict(MeasureModule(run, folder, dataset, pending), run.trainer)
     except Interrupted as signal:
         exit_code, reason = signal.exit_code, f"stopped by {signal}"

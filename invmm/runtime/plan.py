@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from invmm.data.dataset import DatasetRecipe
+from invmm.data.dataset import DatasetRecipe, ImageEntry
 from invmm.diffusion.sampling import Sampler
 from invmm.engine.protocols import Measurement
 from invmm.engine.settings import EngineSettings
 from invmm.models.adapter import ModelRecipe
+from invmm.models.execution import Execution
 from invmm.replication.replication import Replication
 from invmm.runtime.loggers import RunLog
 from invmm.runtime.trainer import TrainerSettings
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `count` parts of a list of images, for machines that do not know of each other.
+
+    Attributes:
+        index: from 0.
+        count: of all parts.
+    """
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Reads "0/4".
+
+        Raises:
+            ValueError: no such part.
+        """
+        index, _, count = text.partition("/")
+        if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise ValueError(
+                f"shard={text} is no part; use shard=0/4, shard=1/4, ... for four machines"
+            )
+        return cls(int(index), int(count))
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    def of(self, entries: Sequence[ImageEntry]) -> Sequence[ImageEntry]:
+        """Every count-th image."""
+        return entries[self.index :: self.count]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +62,12 @@ class MeasureRun:
         dataset: the images.
         sampler: how the model draws.
         replication: what counts as a replica.
+        execution: how the denoiser is computed.
         engine: slots and rows per call.
         trainer: devices.
         logger: views of the records.
         seed: of everything random, together with the image id.
+        shard: the part of the images that this run measures, None for all.
         run_dir: where the records go; it belongs to one config.
         retry_failed: measure images again that FAILED in an earlier run of the folder.
         config: the resolved config, for the manifest.
@@ -43,10 +80,12 @@ class MeasureRun:
     dataset: DatasetRecipe
     sampler: Sampler
     replication: Replication
+    execution: Execution
     engine: EngineSettings
     trainer: TrainerSettings
     logger: RunLog
     seed: int
+    shard: Shard | None
     run_dir: Path
     retry_failed: bool
     config: Mapping[str, Any]

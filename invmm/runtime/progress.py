@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from invmm.data.dataset import ImageEntry
 from invmm.engine.outcomes import Status
 from invmm.results.run_folder import RunFolder
 
@@ -16,11 +17,11 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @contextmanager
-def progress_bar(folder: RunFolder, total: int) -> Iterator[None]:
+def progress_bar(folder: RunFolder, entries: Sequence[ImageEntry]) -> Iterator[None]:
     """Follows the records that any process of the run finishes, from a thread of the parent."""
-    finished = folder.follow_finished()
+    finished = folder.follow_finished({entry.image_id for entry in entries})
     stop = threading.Event()
-    bar = tqdm(total=total, unit="image", desc="measuring", dynamic_ncols=True)
+    bar = tqdm(total=len(entries), unit="image", desc="measuring", dynamic_ncols=True)
     replicated = failed = 0
 
     def look() -> None:

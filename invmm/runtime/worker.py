@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
+import socket
+import time
 from collections.abc import Coroutine, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +17,15 @@ from invmm.data.dataset import ImageDataset, ImageEntry, LoadedImage
 from invmm.engine.engine import Engine
 from invmm.engine.outcomes import Outcome
 from invmm.engine.protocols import Network, Setting, Similarity, Target
+from invmm.engine.requests import Denoise
+from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
+from invmm.files import json_digest
 from invmm.results.records import write_record
 from invmm.results.run_folder import Claim, RunFolder
 from invmm.runtime.plan import MeasureRun
+
+log = logging.getLogger(__name__)
 
 
 def image_generator(seed: int, image_id: str) -> torch.Generator:
@@ -44,7 +54,7 @@ class Worker:
         device: torch.device,
     ) -> None:
         self.run, self.folder, self.dataset, self.entries = run, folder, dataset, entries
-        self.network: Network = run.model.load(device)
+        self.network: Network = run.execution.prepare(run.model.load(device))
         self.similarity: Similarity = run.replication.similarity.load(device)
         second = run.replication.second_opinion
         self.second_opinion: Similarity | None = second.load(device) if second else None
@@ -56,9 +66,38 @@ class Worker:
 
     def drain(self) -> None:
         """Measures until the queue is empty; each record is on disk before the next image ends."""
-        engine = Engine(self.network, self.similarity, self.run.engine)
+        engine = Engine(self.network, self.similarity, self._settings())
+        started = time.time()
         for job, outcome in engine.run(self._jobs()):
             self._finish(job.key, outcome)
+        self.folder.note_process(
+            {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "device": str(self.network.device),
+                "threads": torch.get_num_threads(),
+                "started": started,
+                "ended": time.time(),
+                "rows_denoise": engine.rows[Denoise],
+                **engine.summary.as_dict(),
+            }
+        )
+
+    def _settings(self) -> EngineSettings:
+        """Row counts left open are measured by one process of the run, and kept."""
+        settings = self.run.engine
+        if not settings.open:
+            return settings
+
+        def measured() -> dict[str, int]:
+            chosen = settings.chosen(self.network, self.similarity)
+            return {name: getattr(chosen, name) for name in settings.open}
+
+        rows = self.folder.settled("rows.json", measured)
+        log.info("rows per call, measured once for this run: %s", rows)
+        identity = {**self.run.identity, "engine": {**self.run.identity["engine"], **rows}}
+        self.folder = replace(self.folder, digest=json_digest(identity))
+        return replace(settings, **rows)
 
     def _jobs(self) -> Iterator[Job]:
         for entry in self.entries:
@@ -70,16 +109,18 @@ class Worker:
 
     def _start(self, entry: ImageEntry) -> Coroutine[Any, Any, Outcome]:
         loaded = self._loaded[entry.image_id] = self.dataset.load(entry)
+        rng = image_generator(self.run.seed, entry.image_id)
+        return self.run.measurement(self._target(entry.image_id, loaded), self.setting, rng)
+
+    def _target(self, image_id: str, loaded: LoadedImage) -> Target:
         pixels = loaded.pixels[None].to(self.network.device)
         with torch.no_grad():
-            target = Target(
-                image_id=entry.image_id,
+            return Target(
+                image_id=image_id,
                 pixels=pixels[0],
                 latents=self.network.encode(pixels),
                 embedding=self.similarity.embed(pixels)[0],
             )
-        rng = image_generator(self.run.seed, entry.image_id)
-        return self.run.measurement(target, self.setting, rng)
 
     def _finish(self, image_id: str, outcome: Outcome) -> None:
         entry, claim = self._claims.pop(image_id)

@@ -188,3 +188,29 @@ def test_an_interrupted_check_leaves_no_traceback(monkeypatch):
     with pytest.raises(SystemExit) as end:
         measure.main()
     assert end.value.code == 130
+
+
+@pytest.mark.parametrize("shard", ["4/4", "1/", "a/b", "-1/2", "0/0"])
+def test_a_shard_that_is_none(shard, faults):
+    (line,) = faults(f"shard={shard}")
+    assert line == f"shard={shard} is no part; use shard=0/4, shard=1/4, ... for four machines"
+
+
+def test_shards_need_row_counts_that_all_machines_share(faults):
+    (line,) = faults("shard=0/2", "engine.rows_embed=auto")
+    assert line.startswith("engine.rows_embed=auto may be measured differently on each machine")
+
+
+def test_rows_are_a_number_or_auto(faults):
+    lines = faults("engine.rows_sample=many", "engine.slots=0")
+    assert lines == [
+        "engine.slots=0 is not possible: it should be greater than or equal to 1, or it should be "
+        "'auto'",
+        "engine.rows_sample=many is not possible: it should be a valid integer, or it should be "
+        "'auto'",
+    ]
+
+
+def test_guidance_of_an_unconditional_model(faults):
+    (line,) = faults("sampler.guidance_scales=[1,3]")
+    assert "has no meaning for an unconditional model; use sampler.guidance_scales=[1]" in line

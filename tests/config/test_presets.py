@@ -10,7 +10,10 @@ import yaml
 
 from invmm.cli import measure, threshold, train
 from invmm.cli.compose import compose_job, groups
+from invmm.cli.estimate import Plan
+from invmm.engine.outcomes import CostRange, Evaluations
 from invmm.inversion.controllers import AdaptiveKLWeight, FixedKLWeight
+from invmm.models.cost import CallCost
 
 CONF = files("invmm.conf")
 PRESETS = [(group, option) for group, options in groups().items() for option in options]
@@ -106,9 +109,33 @@ def test_the_cost_of_the_published_experiment(inputs, capsys):
     assert measure.COMMAND.run([*inputs, "experiment=paper_ddpm", "dry_run=true"]) == 0
     facts = capsys.readouterr().out
     # 2,000 steps of 32, and 40 checks of 8 samples of 200 steps
-    assert "(128,000 and 64,000 an image)" in facts
+    assert "128,000 forward (64,000 of them in samplers) and 64,000 backward\n" in facts
     assert "512,000 forward and 256,000 backward" in facts
-    assert "images: 4 of 8x8 pixels" in facts
+    assert "give trainer.tflops=" in facts
+
+
+def test_the_default_says_what_early_exits_save(inputs, capsys):
+    overrides = [*inputs, "sampler.num_inference_steps=20", "dry_run=true", "shard=1/3"]
+    assert measure.COMMAND.run([*overrides, "trainer.devices=2", "trainer.tflops=1e-3"]) == 0
+    facts = capsys.readouterr().out
+    # 600 steps of 4, and 25 checks of 8 samples of 20 steps, or of one
+    assert "6,400 forward (4,000 of them in samplers) and 2,400 backward, or 2,900 forward" in facts
+    assert "devices: 6 (2 x 3 shards), 1 images each" in facts
+    assert "hours at a sustained 0.001 TFLOP/s" in facts
+
+
+def test_a_million_images_on_many_devices_are_planned():
+    cost = CostRange(
+        fewest=Evaluations(forward=10, backward=5), most=Evaluations(forward=60, backward=40)
+    )
+    plan = Plan(
+        images=10**6, devices=8, shards=25, cost=cost, tflops=50.0,
+        row=CallCost(activation_bytes=0, flop=18 * 10**12),
+    )  # fmt: skip
+    assert plan.flop_at_most == 10**6 * 100 * 18e12
+    # 1.8e21 operations at 200 x 5e13 a second
+    assert plan.hours_at_most == pytest.approx(1.8e21 / 1e16 / 3600)
+    assert "devices: 200 (8 x 25 shards), 5,000 images each" in plan.lines()
 
 
 def test_the_demo_takes_the_images_it_promises(model, every_icon, capsys):

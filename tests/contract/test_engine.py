@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import math
+import time
+import traceback
 
 import pytest
 import torch
 from torch import Tensor
-from worlds import Direction, IdealNetwork, MicroNetwork, make_setting, make_target
+from torch.utils._python_dispatch import TorchDispatchMode
+from worlds import (
+    ConditionalNetwork,
+    Direction,
+    IdealNetwork,
+    MicroNetwork,
+    make_conditional_target,
+    make_setting,
+    make_target,
+)
 
+from invmm.diffusion.sampling import draw
 from invmm.engine.engine import Engine
 from invmm.engine.outcomes import Outcome, Status
 from invmm.engine.requests import Denoise, Embed, Minimise, Sample
-from invmm.engine.settings import EngineSettings
+from invmm.engine.settings import EngineSettings, fastest_rows
 from invmm.engine.slots import Job
 from invmm.inversion.controllers import AdaptiveKLWeight
 from invmm.inversion.inversion import Inversion
@@ -29,10 +41,10 @@ def inversion(**changes) -> Inversion:
     return Inversion(**{**options, **changes})
 
 
-def job(network, index: int, *, measurement=None, setting=None) -> Job:
+def job(network, index: int, *, measurement=None, setting=None, make=make_target) -> Job:
     def start():
         rng = torch.Generator().manual_seed(index)
-        target = make_target(network, index)
+        target = make(network, index)
         return (measurement or inversion())(target, setting or make_setting(network), rng)
 
     return Job(f"image-{index}", start)
@@ -55,7 +67,7 @@ def assert_same(left: Outcome, right: Outcome) -> None:
 
 
 @pytest.mark.parametrize(("sampler", "threshold"), [("ddim", -0.05), ("ddpm", 0.0)])
-@pytest.mark.parametrize("slots", [2, 4, 16])
+@pytest.mark.parametrize("slots", [2, 4, 16, "auto"])
 def test_slots_do_not_change_a_bit(slots, sampler, threshold):
     network = MicroNetwork()
     setting = make_setting(network, threshold=threshold, scheduler=sampler)
@@ -356,3 +368,222 @@ def test_misuse_fails_with_its_reason(measurement, message):
     outcome = run(network, [job(network, 0, measurement=measurement)])["image-0"]
     assert outcome.status is Status.FAILED
     assert message in outcome.error
+
+
+# Full calls ---------------------------------------------------------------------------------
+
+
+def test_auto_begins_images_until_calls_are_full():
+    network = MicroNetwork()
+    jobs = [job(network, index) for index in range(24)]
+    engine = Engine(network, Direction(), EngineSettings(rows_denoise=12, rows_sample=4))
+    for _ in engine.run(jobs):
+        pass
+    alone = Engine(network, Direction(), EngineSettings(slots=1, rows_denoise=12, rows_sample=4))
+    for _ in alone.run(jobs):
+        pass
+    assert alone.summary.rows == engine.summary.rows
+    assert alone.summary.padding > 3 * engine.summary.rows / 4
+    assert engine.summary.padding < engine.summary.rows / 4  # from the tail
+    assert engine.summary.slots > 4
+
+
+def test_no_slot_is_idle_while_images_wait():
+    network = MicroNetwork()
+    engine = Engine(network, Direction(), EngineSettings(slots=3, rows_denoise=6))
+    for _ in engine.run([job(network, index) for index in range(8)]):
+        pass
+    assert engine.summary.images == 8
+    assert engine.summary.idle_slot_seconds == 0
+    assert engine.summary.tail_slot_seconds > 0
+
+
+def test_an_open_row_count_is_refused_until_it_is_measured():
+    network = MicroNetwork()
+    settings = EngineSettings(rows_denoise="auto", rows_embed="auto")
+    with pytest.raises(ValueError, match=r"engine\.rows_denoise=auto was not measured"):
+        Engine(network, Direction(), settings)
+    chosen = settings.chosen(network, Direction())
+    assert chosen.open == []
+    assert chosen.rows_sample == 8
+    assert network.calls[0] == 1
+    assert max(network.calls) <= 2 * chosen.rows_denoise
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(40, 16), (2, 1), (1, 1)])
+def test_measured_rows_leave_room_in_memory(limit, expected, monkeypatch):
+    """Rows per second grow without end; memory does not: half of the most that fits is taken."""
+    sizes = []
+
+    def call(rows):
+        sizes.append(rows)
+        if rows > limit:
+            raise torch.OutOfMemoryError("too many")
+
+    monkeypatch.setattr("time.perf_counter", iter(range(10**6)).__next__)
+    assert fastest_rows(call, torch.device("cpu")) == expected
+    assert sizes[:4] == [1, 1, 1, 1]
+
+
+def test_rows_stop_where_they_no_longer_pay(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def call(rows):
+        clock[0] += max(8, rows)  # free up to 8 rows, proportional above
+
+    assert fastest_rows(call, torch.device("cpu")) == 8
+
+
+# Waiting ------------------------------------------------------------------------------------
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often a number is read back from a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "is_nonzero", "item", "equal"):
+            # Adam counts its steps in a tensor of its own, which never leaves the host.
+            in_adam = any("torch/optim" in frame.filename for frame in traceback.extract_stack())
+            self.count += not in_adam
+        return function(*arguments, **(options or {}))
+
+
+def test_no_number_is_read_between_checks():
+    """Ten times the steps between two checks cost not one host read more."""
+
+    def reads(steps: int) -> int:
+        network = MicroNetwork()
+        measurement = inversion(num_steps=steps, check_every=steps)
+        jobs = [job(network, i, measurement=measurement) for i in range(2)]
+        with HostReads() as mode:
+            run(network, jobs, slots=2, rows_denoise=6)
+        return mode.count
+
+    assert reads(40) == reads(4)
+
+
+# Checks at several guidance scales ----------------------------------------------------------
+
+
+def text_jobs(network, count: int, **setting) -> list[Job]:
+    chosen = make_setting(network, guidance_scales=(1, 2, 3, 4, 5, 6, 7), **setting)
+    make = make_conditional_target
+    return [job(network, index, setting=chosen, make=make) for index in range(count)]
+
+
+def test_sequential_checks_decide_as_full_ones_do():
+    network = ConditionalNetwork()
+    decided = set()
+    for threshold in (-0.02, 0.0, 0.02, 0.05):
+        options = {"threshold": threshold, "num_samples": 4}
+        full, early = (
+            run(network, text_jobs(network, 6, early_exit=early, **options), rows_sample=4)
+            for early in (False, True)
+        )
+        for key, outcome in full.items():
+            decided.add((outcome.status, outcome.steps))
+            assert early[key].status == outcome.status
+            assert early[key].steps == outcome.steps
+            assert early[key].score == outcome.score
+            assert early[key].evaluations.sampler < outcome.evaluations.sampler
+            assert early[key].evaluations.backward == outcome.evaluations.backward
+    assert {status for status, _ in decided} == {Status.REPLICATED, Status.NOT_REPLICATED}
+    assert len(decided) > 2
+
+
+def test_guided_samples_cost_two_evaluations_a_step():
+    network = ConditionalNetwork()
+    (one,) = run(network, text_jobs(network, 1, threshold=1.0), rows_sample=4).values()
+    # checks at 0, 4, 8 and 12, of one sample of 10 steps at scale 1 and at six greater ones
+    assert one.evaluations.sampler == 4 * 10 * (1 + 6 * 2)
+    setting = make_setting(network, guidance_scales=(1, 2, 3, 4, 5, 6, 7))
+    assert inversion().cost(setting.sampler, setting.criterion).fewest == one.evaluations
+    assert one.columns["guidance_scale"] in range(1, 8)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
+def test_guided_sampling_equals_its_formula(scale):
+    network = ConditionalNetwork()
+    target = make_conditional_target(network, 1)
+    sampler = make_setting(network).sampler
+    noise = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+
+    async def measure():
+        found.append(
+            await Sample(noise, sampler, target.rows(3), None, scale, target.negative_rows(3))
+        )
+        return Outcome(status=Status.NOT_REPLICATED)
+
+    assert run(network, [Job("it", measure)], rows_sample=2)["it"].error is None
+
+    def predict(latents, timesteps):
+        with_prompt = network.predict(latents, timesteps, target.rows(len(latents)))
+        if scale <= 1:
+            return with_prompt
+        without = network.predict(latents, timesteps, target.negative_rows(len(latents)))
+        return without + scale * (with_prompt - without)
+
+    expected = draw(predict, noise, sampler=sampler, schedule=network.schedule)
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_images_at_different_scales_share_a_call():
+    network = ConditionalNetwork()
+    target = make_conditional_target(network)
+    sampler = make_setting(network).sampler
+
+    async def measure(scale):
+        await Sample(target.latents, sampler, target.rows(1), None, scale, target.negative_rows(1))
+        return Outcome(status=Status.NOT_REPLICATED)
+
+    jobs = [Job(str(scale), lambda scale=scale: measure(scale)) for scale in (2.0, 5.0)]
+    run(network, jobs, slots=2, rows_sample=2)
+    assert network.calls == [4] * 10
+
+
+def test_guidance_without_a_negative_fails_with_its_cure():
+    network = MicroNetwork()
+    setting = make_setting(network, guidance_scales=(3,))
+    outcome = run(network, [job(network, 0, setting=setting)])["image-0"]
+    assert outcome.status is Status.FAILED
+    assert "use sampler.guidance_scales=[1]" in outcome.error
+
+
+# Accounting ---------------------------------------------------------------------------------
+
+
+class Slow(MicroNetwork):
+    """Takes a millisecond a row."""
+
+    def predict(self, latents, timesteps, condition):
+        time.sleep(len(latents) / 1000)
+        return super().predict(latents, timesteps, condition)
+
+
+def test_the_time_of_shared_calls_is_split_by_rows():
+    network = Slow()
+
+    async def measure(rows):
+        await Denoise(torch.zeros(rows, 3, 8, 8), torch.zeros(rows, dtype=torch.long))
+        time.sleep(0.05)
+        return Outcome(status=Status.NOT_REPLICATED)
+
+    jobs = [Job(str(rows), lambda rows=rows: measure(rows)) for rows in (30, 10)]
+    engine = Engine(network, Direction(), EngineSettings(slots=2, rows_denoise=40))
+    seconds = {job.key: outcome.seconds for job, outcome in engine.run(jobs)}
+    assert seconds["30"].network == pytest.approx(3 * seconds["10"].network)
+    assert seconds["30"].network + seconds["10"].network >= 0.04
+    assert seconds["30"].measurement >= 0.05
+    assert seconds["30"].sampler == seconds["30"].similarity == 0
+    by_kind = engine.summary.by_kind
+    assert by_kind["network"] == pytest.approx(sum(s.network for s in seconds.values()))
+    assert 0.14 <= sum(by_kind.values()) <= engine.summary.seconds

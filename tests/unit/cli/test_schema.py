@@ -107,8 +107,8 @@ def test_each_fault_names_key_value_and_cure(key, value, shown):
 def test_an_unknown_key_far_from_all_is_answered_with_all():
     _, faults = built({**SAMPLER, "colour": 1}, Sampler, "sampler")
     assert faults == [
-        "sampler.colour=1 is not a key; known are clip_sample, eta, num_inference_steps, "
-        "scheduler, timestep_spacing"
+        "sampler.colour=1 is not a key; known are clip_sample, eta, guidance_scales, "
+        "num_inference_steps, scheduler, timestep_spacing"
     ]
 
 

@@ -120,7 +120,7 @@ LOADED = {
 def test_the_whole_folder_loads_with_its_own_weights(folder):
     network = PixelUNet(path=str(folder)).load(CPU)
     stored = load_file(folder / WEIGHTS)
-    loaded = dict(network._unet.named_parameters())
+    loaded = dict(network.denoiser.named_parameters())
     assert loaded.keys() == stored.keys()
     assert all(torch.equal(loaded[name], stored[name]) for name in stored)
 

@@ -55,7 +55,7 @@ def test_the_description_is_true_of_the_loaded_network(pipeline):
     assert info.num_train_timesteps == network.schedule.num_train_timesteps == 1000
     assert info.prediction_type == network.schedule.prediction_type == "epsilon"
     assert torch.equal(schedule.alphas_cumprod, network.schedule.alphas_cumprod)
-    numbers = sum(p.numel() for p in network._unet.parameters())
+    numbers = sum(p.numel() for p in network.denoiser.parameters())
     assert info.weight_bytes is not None
     assert 4 * numbers < info.weight_bytes < 4 * numbers + 20_000
 
@@ -136,7 +136,7 @@ def test_a_greyscale_model_sees_luminance_and_answers_in_three_channels(tmp_path
 def test_a_learned_variance_is_left_out(tmp_path):
     network = save_bare(tmp_path / "variance", out_channels=6).load(CPU)
     latents, timesteps = torch.randn(2, 3, 8, 8), torch.tensor([0, 99])
-    expected = network._unet(latents, timesteps).sample
+    expected = network.denoiser(latents, timesteps).sample
     assert expected.shape == (2, 6, 8, 8)
     assert torch.equal(network.predict(latents, timesteps, None), expected[:, :3])
 
@@ -147,7 +147,7 @@ def test_half_precision_weights_answer_in_the_precision_of_the_latents(dtype, to
     timesteps = torch.tensor([1, 500, 999])
     full = PixelUNet(path=str(pipeline)).load(CPU).predict(latents, timesteps, None)
     network = PixelUNet(path=str(pipeline), dtype=dtype).load(CPU)
-    assert {p.dtype for p in network._unet.parameters()} == {getattr(torch, dtype)}
+    assert {p.dtype for p in network.denoiser.parameters()} == {getattr(torch, dtype)}
     half = network.predict(latents, timesteps, None)
     assert half.dtype == torch.float32
     assert 0 < (half - full).abs().max() / full.abs().max() < tolerance

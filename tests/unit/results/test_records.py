@@ -32,7 +32,7 @@ def test_a_record_holds_all_that_was_found(folder):
     written.write(folder, written.entry("a.png", 4, "a cat"), result)
     (record,) = read_records(folder.path)
     assert record == {
-        "schema_version": 1,
+        "schema_version": 2,
         "image_id": "a.png",
         "path": "/images/a.png",
         "sha256": "ab" * 32,
@@ -49,7 +49,13 @@ def test_a_record_holds_all_that_was_found(folder):
         "steps": 2,
         "evaluations_forward": 40,
         "evaluations_backward": 8,
+        "evaluations_sampler": 32,
         "seconds": 1.5,
+        "seconds_network": 0.5,
+        "seconds_sampler": 0.25,
+        "seconds_similarity": 0.0,
+        "seconds_measurement": 0.0,
+        "seconds_preparation": 0.0,
         "error": None,
         "seed": 3,
         "config_digest": "d",

@@ -135,7 +135,8 @@ def test_pending_keeps_order_and_retries_only_failures(folder):
 
 def test_followers_hear_of_each_record_once(folder):
     written.write(folder, written.entry("before"), written.outcome(Status.REPLICATED))
-    new = folder.follow_finished()
+    new = folder.follow_finished({"before", "a", "b"})
+    written.write(folder, written.entry("of another shard"), written.outcome(Status.REPLICATED))
     assert list(new()) == []
     written.write(folder, written.entry("a"), written.outcome(Status.NOT_REPLICATED))
     written.write(folder, written.entry("b"), written.outcome(Status.DIVERGED))

@@ -1,0 +1,138 @@
+"""How the denoiser is computed: precision, kernels, memory. What is computed stays the same.
+
+The options change results within rounding, so they belong to a run's identity. Defaults: none of
+them on; see the table of `make bench` in the README for what each gains on a CPU.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+
+import torch
+from annotated_types import Gt
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from invmm.diffusion.guidance import Condition
+from invmm.engine.protocols import Network
+from invmm.models.cost import CallCost
+
+_ATTENTION = {
+    "math": SDPBackend.MATH,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+@runtime_checkable
+class LoadedNetwork(Network, Protocol):
+    """A network whose denoiser can be got at.
+
+    Attributes:
+        denoiser: the module that `predict` evaluates.
+    """
+
+    denoiser: nn.Module
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How the denoiser is computed.
+
+    Attributes:
+        autocast: run it in half precision; losses, the noise distribution and its KL, the
+            optimiser and the sampler stay in float32.
+        gradient_scale: with float16, gradients inside the network are this much greater, so that
+            small ones do not vanish; they come out unscaled.
+        compile: torch.compile; the constant row counts need one graph a kind of call.
+        channels_last: memory format of the convolutions, often faster in half precision on GPUs.
+        attention: force one kernel of scaled dot-product attention; null lets torch choose.
+        gradient_checkpointing: compute activations anew in the backward pass: a fraction of the
+            memory for a third more arithmetic.
+    """
+
+    autocast: Literal["bfloat16", "float16"] | None = None
+    gradient_scale: Annotated[float, Gt(0)] = 1024.0
+    compile: bool = False
+    channels_last: bool = False
+    attention: Literal["math", "efficient", "flash", "cudnn"] | None = None
+    gradient_checkpointing: bool = False
+
+    def prepare(self, network: LoadedNetwork) -> Network:
+        """The network, computed this way.
+
+        Raises:
+            ValueError: the denoiser cannot do it.
+        """
+        self.configure(network.denoiser)
+        if self.compile:
+            network.denoiser.compile(dynamic=False)
+        return _ExecutedNetwork(network, self)
+
+    def configure(self, denoiser: Any) -> None:
+        """Sets what is a property of the module itself, on the meta device too."""
+        if self.channels_last:
+            denoiser.to(memory_format=torch.channels_last)
+        if self.gradient_checkpointing:
+            try:
+                denoiser.enable_gradient_checkpointing()
+            except (AttributeError, ValueError) as error:
+                raise ValueError(
+                    f"execution.gradient_checkpointing=true is not possible: "
+                    f"{type(denoiser).__name__} does not support it"
+                ) from error
+
+    def cost(self, in_float32: CallCost) -> CallCost:
+        """A call's cost at this precision."""
+        if self.autocast is None:
+            return in_float32
+        return replace(in_float32, activation_bytes=in_float32.activation_bytes // 2)
+
+
+class _ExecutedNetwork:
+    """A network whose denoiser runs under an `Execution`."""
+
+    def __init__(self, network: Network, execution: Execution) -> None:
+        self._network = network
+        self._execution = execution
+        self._dtype = getattr(torch, execution.autocast) if execution.autocast else None
+        self._scale = execution.gradient_scale if execution.autocast == "float16" else None
+        self.latent_shape = network.latent_shape
+        self.schedule = network.schedule
+        self.device = network.device
+        self.encode = network.encode
+        self.decode = network.decode
+
+    def predict(self, latents: Tensor, timesteps: Tensor, condition: Condition | None) -> Tensor:
+        """See `Network`."""
+        if self._scale:
+            latents = _ScaleGradient.apply(latents, 1 / self._scale)
+            condition = condition and {
+                name: _ScaleGradient.apply(value, 1 / self._scale) if value.is_floating_point()
+                else value
+                for name, value in condition.items()
+            }  # fmt: skip
+        with ExitStack() as contexts:
+            if self._dtype is not None:
+                contexts.enter_context(torch.autocast(self.device.type, self._dtype))
+            if self._execution.attention is not None:
+                contexts.enter_context(sdpa_kernel(_ATTENTION[self._execution.attention]))
+            output = self._network.predict(latents, timesteps, condition)
+        output = output.float()
+        return _ScaleGradient.apply(output, self._scale) if self._scale else output
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None
