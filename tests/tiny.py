@@ -76,11 +76,20 @@ def command(model: Path, images: Path, run_dir: Path, *overrides: str) -> list[s
     ]
 
 
+SCRIPTS = Path(sys.executable).parent
+"""Where the console scripts are."""
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of commands under test, which share the cores."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
 def invmm(arguments: list[str], **options) -> subprocess.CompletedProcess[str]:
     """Runs to the end, output captured."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    given = environment(**options.pop("env", {}))
     return subprocess.run(
-        arguments, capture_output=True, text=True, env=environment, check=False, **options
+        arguments, capture_output=True, text=True, env=given, check=False, **options
     )
 
 

@@ -9,9 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from invmm import __version__
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -63,7 +66,7 @@ class Command:
             return EXIT_USER_ERROR
         if any(config["dry_run"] for config, _ in checked):
             for config, recipes in checked:
-                if code := self._guarded(lambda r=recipes, c=config: _print(self.dry_run(r, c))):
+                if code := self.guarded(lambda r=recipes, c=config: _print(self.dry_run(r, c))):
                     return code
             return 0
         return self._run_hydra(flags.overrides, multirun=flags.multirun)
@@ -98,30 +101,27 @@ class Command:
     def _run_hydra(self, overrides: list[str], *, multirun: bool) -> int:
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         import hydra
-        from hydra.core.hydra_config import HydraConfig
-        from omegaconf import DictConfig
 
-        from invmm.cli.compose import identity_of, permissive, plain, register_resolvers
+        from invmm.cli.compose import permissive
+        from invmm.cli.job import HydraJob, JobFailed
 
-        codes: list[int] = []
+        job = HydraJob(self)
 
-        def job(config: DictConfig) -> None:
-            values = plain(config)
-            recipes = self.check(values, [])
-            folder = Path(HydraConfig.get().runtime.output_dir)
-            identity = identity_of(values)
-            code = self._guarded(lambda: self.execute(recipes, values, folder, identity))
-            codes.append(code)
-            if code > 128:  # a signal ends the sweep, not the job alone
-                sys.exit(code)
+        def task(config: DictConfig) -> None:
+            job(config)
+
+        def run() -> int:
+            try:
+                decorated()  # Hydra makes the folders of the jobs
+            except JobFailed as failure:
+                return failure.code
+            return 0
 
         sys.argv = [self.name, *(["--multirun"] if multirun else []), *permissive(overrides)]
-        run = hydra.main("pkg://invmm.conf", self.config_name, version_base="1.3")(job)
-        register_resolvers()
-        failed = self._guarded(lambda: run() or 0)  # Hydra makes the folders of the jobs
-        return failed or max(codes, default=0)
+        decorated = hydra.main("pkg://invmm.conf", self.config_name, version_base="1.3")(task)
+        return max(self.guarded(run), *job.codes, 0)
 
-    def _guarded(self, action: Callable[[], int]) -> int:
+    def guarded(self, action: Callable[[], int]) -> int:
         """Faults of the user's inputs and folders end in one line, not in a traceback."""
         try:
             return action()

@@ -78,7 +78,7 @@ def compose_job(config_name: str, overrides: Sequence[str], faults: list[str]) -
     except OmegaConfBaseException as error:
         faults.append(f"{error.full_key or 'the config'} does not resolve: {_first_line(error)}")
     except HydraException as error:
-        faults.append(_first_line(error))
+        faults.append(_with_package(_first_line(error)))
     return {}
 
 
@@ -143,6 +143,14 @@ def _permissive(override: str, known: Mapping[str, list[str]]) -> str:
     if override.startswith("~") or name in known or name.partition("/")[0] == "hydra":
         return override
     return override if name.startswith("hydra.") else "++" + override.lstrip("+")
+
+
+def _with_package(fault: str) -> str:
+    """Names what to install where a launcher is missing."""
+    for plugin, extra in (("submitit", "slurm"), ("launcher/ray", "ray")):
+        if f"Could not find 'hydra/{plugin}" in fault or f"launcher/{plugin}" in fault:
+            return f"{fault}; pip install 'invmm[{extra}]'"
+    return fault
 
 
 def _first_line(error: Exception) -> str:
