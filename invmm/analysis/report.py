@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from invmm.analysis.pictures import gallery, score_histogram
-from invmm.analysis.table import summary, table
+from invmm.analysis.table import accounting, summary, table
 from invmm.results.collect import collect
 from invmm.results.records import damaged_records
+from invmm.results.run_folder import read_processes
 
 
 def report(run_dir: Path) -> str:
@@ -16,4 +17,5 @@ def report(run_dir: Path) -> str:
     pictures = [gallery(run_dir, frame), score_histogram(run_dir, frame)]
     damaged = [f"left out, cannot be read: {path}" for path in damaged_records(run_dir)]
     files = ", ".join(str(path) for path in (run_dir / "scores.parquet", *pictures))
-    return "\n".join(("", table(frame), "", summary(frame), *damaged, f"written: {files}"))
+    costs = accounting(read_processes(run_dir), frame)
+    return "\n".join(("", table(frame), "", summary(frame), costs, *damaged, f"written: {files}"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from invmm.analysis.statistics import (
     auroc,
@@ -72,6 +73,38 @@ def summary(frame: pd.DataFrame) -> str:
         lines.append(f"{row.status} {name}: {error}")
     if len(unmeasured) > MAX_ROWS:
         lines.append(f"... and {len(unmeasured) - MAX_ROWS} more without a result in scores.csv")
+    return "\n".join(lines)
+
+
+def accounting(processes: Sequence[Mapping[str, Any]], frame: pd.DataFrame) -> str:
+    """What the records cost, and how the processes that came to their end spent their time."""
+    columns = [f"evaluations_{kind}" for kind in ("forward", "sampler", "backward")]
+    forward, sampler, backward = (int(rows) for rows in frame[columns].sum())
+    lines = [
+        f"network evaluations: {forward:,} forward ({sampler:,} of them in samplers) and "
+        f"{backward:,} backward rows"
+    ]
+    seconds = sum(process["seconds"] for process in processes)
+    if not seconds:
+        return lines[0]
+    spent = {
+        kind: sum(process["by_kind"].get(kind, 0) for process in processes) / seconds
+        for kind in ("network", "sampler", "similarity", "measurement", "preparation")
+    }
+    spent["writing"] = sum(process["consumer"] for process in processes) / seconds
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in spent.items())
+    idle, tail = (
+        sum(process[f"{kind}_slot_seconds"] for process in processes) for kind in ("idle", "tail")
+    )
+    slots = sum(process["slots"] * process["seconds"] for process in processes)
+    padding = sum(process["padding"] for process in processes)
+    rows = sum(process["rows"] for process in processes) + padding
+    lines += [
+        f"time of {len(processes)} process{'es' if len(processes) > 1 else ''}, "
+        f"{seconds:,.0f} s: {shares}, rest {1 - sum(spent.values()):.1%}",
+        f"slots idle: {idle:,.1f} slot-seconds while images waited, {tail / slots:.1%} of all in "
+        f"the tail; {padding / max(rows, 1):.1%} of the rows computed were padding",
+    ]
     return "\n".join(lines)
 
 

@@ -105,7 +105,7 @@ class Command:
         from invmm.cli.compose import permissive
         from invmm.cli.job import HydraJob, JobFailed
 
-        job = HydraJob(self)
+        job = HydraJob(self.work)
 
         def task(config: DictConfig) -> None:
             job(config)
@@ -120,6 +120,13 @@ class Command:
         sys.argv = [self.name, *(["--multirun"] if multirun else []), *permissive(overrides)]
         decorated = hydra.main("pkg://invmm.conf", self.config_name, version_base="1.3")(task)
         return max(self.guarded(run), *job.codes, 0)
+
+    def work(self, config: Mapping[str, Any], folder: Path) -> int:
+        """Executes one job and returns its exit code."""
+        from invmm.cli.compose import identity_of
+
+        recipes, identity = self.check(config, []), identity_of(config)
+        return self.guarded(lambda: self.execute(recipes, config, folder, identity))
 
     def guarded(self, action: Callable[[], int]) -> int:
         """Faults of the user's inputs and folders end in one line, not in a traceback."""

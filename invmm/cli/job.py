@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from invmm.cli.command import Command
-from invmm.cli.compose import identity_of, plain, register_resolvers
+from invmm.cli.compose import plain, register_resolvers
 
 register_resolvers()  # a launcher's process gets them by unpickling a job
 
@@ -31,15 +32,15 @@ class JobFailed(Exception):
 
 @dataclass(frozen=True)
 class HydraJob:
-    """Checks and executes one composed config.
+    """Does the work of one composed config.
 
     Attributes:
-        command: what it is a job of.
+        work: (plain config, folder of the job) -> exit code.
         codes: exit codes of the jobs that ran in the launching process.
         launched_by: id of that process.
     """
 
-    command: Command
+    work: Callable[[Mapping[str, Any], Path], int]
     codes: list[int] = field(default_factory=list)
     launched_by: int = field(default_factory=os.getpid)
 
@@ -50,11 +51,7 @@ class HydraJob:
             JobFailed: it failed in another process than the launching one.
             SystemExit: a signal stopped it in the launching process; ends the sweep.
         """
-        values = plain(config)
-        recipes = self.command.check(values, [])
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        identity = identity_of(values)
-        code = self.command.guarded(lambda: self.command.execute(recipes, values, folder, identity))
+        code = self.work(plain(config), Path(HydraConfig.get().runtime.output_dir))
         if os.getpid() != self.launched_by:
             if code:
                 raise JobFailed(code)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -66,10 +67,27 @@ class NoiseSchedule:
         """T, the number of noise levels the model was trained on."""
         return len(self.alphas_cumprod)
 
+    @cached_property
+    def clean_latents_weights(self) -> Tensor:
+        """(T,) what an error of the noise counts as an error of the clean latents: (1 - a) / a."""
+        return (1 - self.alphas_cumprod) / self.alphas_cumprod
+
+    @cached_property
+    def importance_weights(self) -> Tensor:
+        """(T,) what keeps expectations if timesteps are drawn by `clean_latents_weights`."""
+        return self.clean_latents_weights.mean() / self.clean_latents_weights
+
+    @cached_property
+    def _scales(self) -> Tensor:
+        """(2, T) signal and noise_scale of every timestep."""
+        return torch.stack([self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()])
+
     def scales(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) integer timesteps -> signal and noise_scale, each (B, 1, 1, 1) on their device."""
-        alphas = self.alphas_cumprod.to(timesteps.device)[timesteps].reshape(-1, 1, 1, 1)
-        return alphas.sqrt(), (1 - alphas).sqrt()
+        if self._scales.device != timesteps.device:  # once, not at every step
+            self.__dict__["_scales"] = self._scales.to(timesteps.device)
+        signal, noise_scale = self._scales[:, timesteps].reshape(2, -1, 1, 1, 1)
+        return signal, noise_scale
 
     def add_noise(self, clean_latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The noisy latents x_t at timesteps (B,); clean_latents broadcasts over the batch."""

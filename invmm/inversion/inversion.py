@@ -58,7 +58,7 @@ class Inversion:
     async def __call__(self, target: Target, setting: Setting, rng: torch.Generator) -> Outcome:
         """Runs the search; see `Measurement`."""
         noise = GaussianNoise.prior(target.latents)
-        optimizer = torch.optim.Adam(noise.parameters(), lr=self.learning_rate)
+        optimizer = torch.optim.Adam(noise.parameters(), lr=self.learning_rate, fused=True)
         weight = self.kl_weight.init()
         trace = Trace(noise)
         try:

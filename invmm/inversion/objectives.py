@@ -53,17 +53,17 @@ class DenoisingObjective:
         """The mean over the batch and the latent dimensions."""
         schedule, latents = setting.schedule, target.latents
         if self.timesteps == "uniform":
-            timesteps = schedule.draw_timesteps(self.batch_size, rng)
-            weights = torch.ones(self.batch_size)
+            timesteps = schedule.draw_timesteps(self.batch_size, rng).to(latents.device)
+            weights = None
         else:
-            proportional = (1 - schedule.alphas_cumprod) / schedule.alphas_cumprod
-            timesteps = torch.multinomial(proportional, self.batch_size, True, generator=rng)
-            weights = proportional.mean() / proportional[timesteps]
-        timesteps, weights = timesteps.to(latents.device), weights.to(latents.device)
+            likely = schedule.clean_latents_weights
+            drawn = torch.multinomial(likely, self.batch_size, True, generator=rng)
+            weights = schedule.importance_weights[drawn].to(latents.device)
+            timesteps = drawn.to(latents.device)
         noisy = schedule.add_noise(latents, noise.draw(self.batch_size, rng), timesteps)
         prediction = await Denoise(noisy, timesteps, target.rows(self.batch_size))
-        errors = (prediction.clean_latents - latents).square().flatten(1).mean(1)
-        return (weights * errors).mean()
+        errors = (prediction.clean_latents - latents).square()
+        return errors.mean() if weights is None else (weights * errors.flatten(1).mean(1)).mean()
 
     def evaluations(self) -> Evaluations:
         """One evaluation a noise, forwards and backwards."""

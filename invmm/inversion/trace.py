@@ -22,7 +22,7 @@ class Trace:
         self.noise = noise
         self.curves: dict[str, list[float]] = defaultdict(list)
         self.closest: Check | None = None
-        self._unread: list[Tensor] = []
+        self._unread: list[tuple[Tensor, Tensor]] = []
 
     @property
     def steps(self) -> int:
@@ -36,7 +36,7 @@ class Trace:
 
     def stepped(self, *, loss: Tensor, kl: Tensor, kl_weight: float) -> None:
         """After an optimiser step: the losses it saw and the weight it used; reads neither."""
-        self._unread.append(torch.stack([loss.detach(), kl.detach()]))
+        self._unread.append((loss.detach(), kl.detach()))
         self.curves["kl_weight"].append(kl_weight)
 
     def read(self) -> Losses:
@@ -46,7 +46,8 @@ class Trace:
             NonFiniteError: one of them is NaN or infinite; the curves end before it.
         """
         unread, self._unread = self._unread, []
-        for loss, kl in torch.stack(unread).tolist() if unread else ():
+        values = torch.stack([value for pair in unread for value in pair]) if unread else None
+        for loss, kl in () if values is None else values.reshape(-1, 2).tolist():
             if not math.isfinite(loss + kl):
                 broken = kl if math.isfinite(loss) else loss
                 del self.curves["kl_weight"][self.steps :]

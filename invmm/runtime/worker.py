@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import socket
 import time
@@ -24,8 +23,6 @@ from invmm.files import json_digest
 from invmm.results.records import write_record
 from invmm.results.run_folder import Claim, RunFolder
 from invmm.runtime.plan import MeasureRun
-
-log = logging.getLogger(__name__)
 
 
 def image_generator(seed: int, image_id: str) -> torch.Generator:
@@ -94,7 +91,8 @@ class Worker:
             return {name: getattr(chosen, name) for name in settings.open}
 
         rows = self.folder.settled("rows.json", measured)
-        log.info("rows per call, measured once for this run: %s", rows)
+        shown = ", ".join(f"{name} {count}" for name, count in rows.items())
+        print(f"rows per call, measured once for this run: {shown}", flush=True)
         identity = {**self.run.identity, "engine": {**self.run.identity["engine"], **rows}}
         self.folder = replace(self.folder, digest=json_digest(identity))
         return replace(settings, **rows)

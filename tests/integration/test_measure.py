@@ -12,6 +12,8 @@ import time
 import pytest
 import tiny
 
+from invmm.results.run_folder import read_processes
+
 
 def test_a_run_writes_what_it_promises(finished):
     run_dir, result = finished
@@ -51,9 +53,35 @@ def test_another_config_is_refused_with_the_keys_that_differ(finished, model, im
 
 def test_slots_do_not_change_a_record(finished, model, images, tmp_path):
     run_dir, _ = finished
-    result = tiny.invmm(tiny.command(model, images, tmp_path / "run", "engine.slots=1"))
+    for slots in (1, 4, 16):
+        folder = tmp_path / f"slots-{slots}"
+        result = tiny.invmm(tiny.command(model, images, folder, f"engine.slots={slots}"))
+        assert result.returncode == 0, result.stderr
+        assert tiny.records(folder) == tiny.records(run_dir)
+
+
+def test_measured_rows_are_kept_and_belong_to_the_digest(finished, model, images, tmp_path):
+    run_dir, _ = finished
+    arguments = tiny.command(
+        model, images, tmp_path / "run", "engine.rows_denoise=auto", "dataset.ids=[image-00.png]"
+    )
+    result = tiny.invmm(arguments)
     assert result.returncode == 0, result.stderr
-    assert tiny.records(tmp_path / "run") == tiny.records(run_dir)
+    rows = json.loads((tmp_path / "run" / "rows.json").read_text())["rows_denoise"]
+    assert f"rows per call, measured once for this run: rows_denoise {rows}" in result.stdout
+    (record,) = tiny.records(tmp_path / "run").values()
+    fixed = tiny.records(run_dir)["image-00.png"]
+    assert record["config_digest"] != fixed["config_digest"]
+    # Another count decided before is kept, whatever this machine would measure.
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "rows.json").write_text('{"rows_denoise": 3}')
+    arguments = [*arguments, f"run_dir={folder}"]
+    assert tiny.invmm(arguments).returncode == 0
+    (account,) = read_processes(folder)
+    assert account["rows_denoise"] == 3
+    (other,) = tiny.records(folder).values()
+    assert other["config_digest"] not in (record["config_digest"], fixed["config_digest"])
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

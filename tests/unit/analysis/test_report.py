@@ -14,7 +14,7 @@ from invmm.analysis import pictures
 from invmm.analysis import table as table_module
 from invmm.analysis.report import report
 from invmm.analysis.style import COLOURS, one_line
-from invmm.analysis.table import summary, table
+from invmm.analysis.table import accounting, summary, table
 from invmm.engine.outcomes import Outcome, Status
 from invmm.results.collect import collect, score_table
 from invmm.results.run_folder import RunFolder
@@ -160,3 +160,24 @@ def test_groups_are_told_apart_by_the_colour_blind():
     assert {COLOURS[g] for g in ("duplicated", "single", "held_out")} == {
         "#D55E00", "#0072B2", "#009E73",
     }  # fmt: skip
+
+
+def test_the_accounting_adds_up():
+    frame = pd.DataFrame({
+        "evaluations_forward": [1000, 2000], "evaluations_sampler": [500, 0],
+        "evaluations_backward": [300, 1],
+    })  # fmt: skip
+    one = {
+        "seconds": 10.0, "by_kind": {"network": 6.0, "sampler": 2.0}, "consumer": 0.5, "slots": 4,
+        "idle_slot_seconds": 0.0, "tail_slot_seconds": 8.0, "rows": 90, "padding": 10,
+    }  # fmt: skip
+    other = {**one, "by_kind": {"network": 8.0, "similarity": 1.0}, "idle_slot_seconds": 1.5}
+    assert accounting([], frame) == (
+        "network evaluations: 3,000 forward (500 of them in samplers) and 301 backward rows"
+    )
+    assert accounting([one, other], frame).splitlines()[1:] == [
+        "time of 2 processes, 20 s: network 70.0%, sampler 10.0%, similarity 5.0%, "
+        "measurement 0.0%, preparation 0.0%, writing 5.0%, rest 10.0%",
+        "slots idle: 1.5 slot-seconds while images waited, 20.0% of all in the tail; 10.0% of the "
+        "rows computed were padding",
+    ]

@@ -13,7 +13,7 @@ import pytest
 import written
 
 from invmm.engine.outcomes import Outcome, Status
-from invmm.results.run_folder import RunFolder, differences, record_key
+from invmm.results.run_folder import RunFolder, differences, read_processes, record_key
 
 HOLD = """
 import sys, time
@@ -172,3 +172,48 @@ def test_workers_get_the_folder_by_pickle(folder):
 def test_differences_of_nested_configs():
     assert differences({"a": {"b": 1}}, {"a": {"b": 1}}) == []
     assert differences({"a": 1}, {"a": 1, "c": {"d": 2}}) == ["c was None and is {'d': 2}"]
+
+
+def test_shards_work_side_by_side_but_not_twice_and_not_beside_a_whole_run(tmp_path):
+    def open_as(shard):
+        return RunFolder.open(tmp_path, config={}, digest="d", shard=shard)
+
+    with open_as("0/2"), open_as("1/2"):
+        for shard in ("1/2", None):
+            with pytest.raises(ValueError, match="another run is at work"):
+                open_as(shard)
+    with open_as(None), pytest.raises(ValueError, match="another run is at work"):
+        open_as("0/2")
+    with open_as("1/2"):
+        pass
+
+
+def test_a_shard_leaves_what_another_is_writing(tmp_path):
+    with RunFolder.open(tmp_path, config={}, digest="d"):
+        pass
+    (tmp_path / ".scores.csv.1234.tmp").touch()
+    with RunFolder.open(tmp_path, config={}, digest="d", shard="0/2"):
+        assert (tmp_path / ".scores.csv.1234.tmp").exists()
+    with RunFolder.open(tmp_path, config={}, digest="d"):
+        assert not (tmp_path / ".scores.csv.1234.tmp").exists()
+
+
+def test_what_one_process_decides_holds_for_all(folder):
+    asked = []
+
+    def decide():
+        asked.append(1)
+        return {"rows_denoise": 32}
+
+    assert folder.settled("rows.json", decide) == {"rows_denoise": 32}
+    assert folder.settled("rows.json", decide) == {"rows_denoise": 32}
+    assert asked == [1]
+
+
+def test_accounts_of_processes_come_back_and_half_a_line_does_not(folder):
+    assert read_processes(folder.path) == []
+    folder.note_process({"seconds": 1.5})
+    folder.note_process({"seconds": 2.5})
+    with (folder.path / "processes.jsonl").open("a") as file:
+        file.write('{"seconds": 9')
+    assert read_processes(folder.path) == [{"seconds": 1.5}, {"seconds": 2.5}]
