@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench study clean
+.PHONY: help setup demo test test-all lint format bench bench-gpu study clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -36,8 +36,11 @@ format: $(READY)  ## let ruff rewrite the code
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(READY)  ## time the engine (five minutes, nothing else running)
+bench: $(READY)  ## time the engine (ten minutes, nothing else running)
 	@$(MAKE) --no-print-directory study STUDY=bench
+
+bench-gpu: $(READY)  ## the same on a GPU
+	bash experiments/bench/run.sh --device cuda
 
 study: $(READY)  ## make study STUDY=name: run experiments/name
 	@test -n "$(STUDY)" -a -f "experiments/$(STUDY)/run.sh" || { \

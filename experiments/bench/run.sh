@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
-# Times the engine on a model of the demo's size; nothing else should be running.
+# Times the engine on the demo's model; nothing else should be running.
 set -euo pipefail
-.venv/bin/python experiments/bench/bench.py
+.venv/bin/invmm-train experiment=demo_model
+.venv/bin/python experiments/bench/bench.py "$@"

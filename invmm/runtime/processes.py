@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
+import resource
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -50,3 +53,14 @@ def no_process_left(trainer: pl.Trainer) -> Iterator[None]:
 def last_line(error: BaseException) -> str:
     """The message of an error without the traceback that a worker's carries."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process ever held in main memory."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        # Counts what the process inherited from the one that started it, too.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
+    return int(peak) * 1024

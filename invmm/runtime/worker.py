@@ -23,6 +23,7 @@ from invmm.files import json_digest
 from invmm.results.records import write_record
 from invmm.results.run_folder import Claim, RunFolder
 from invmm.runtime.plan import MeasureRun
+from invmm.runtime.processes import peak_memory_bytes
 
 
 def image_generator(seed: int, image_id: str) -> torch.Generator:
@@ -76,6 +77,7 @@ class Worker:
                 "started": started,
                 "ended": time.time(),
                 "rows_denoise": engine.rows[Denoise],
+                "peak_memory_bytes": peak_memory_bytes(),
                 **engine.summary.as_dict(),
             }
         )
