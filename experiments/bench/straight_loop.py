@@ -51,9 +51,8 @@ def _invert(
     for step in range(inversion.num_steps + 1):
         check_due = step % inversion.check_every == 0 and (step > 0 or inversion.check_prior)
         if step > 0:
-            likely = schedule.clean_latents_weights
-            drawn = torch.multinomial(likely, objective.batch_size, True, generator=rng)
-            timesteps = drawn.to(network.device)
+            drawn = schedule.draw_levels(objective.batch_size, rng, by_weight=True)
+            timesteps = schedule.timesteps[drawn].to(network.device)
             noisy = schedule.add_noise(
                 target.latents, noise.draw(objective.batch_size, rng), timesteps
             )

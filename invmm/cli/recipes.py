@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt, Lt, MinLen
 
 from invmm.cli.schema import build
 from invmm.data.dataset import DatasetRecipe
+from invmm.data.prompt import Prompt
 from invmm.diffusion.guidance import is_guided
 from invmm.diffusion.sampling import Sampler
 from invmm.engine.protocols import Measurement
@@ -33,6 +34,7 @@ class MeasureConfig:
     inversion: Measurement
     model: ModelRecipe
     dataset: DatasetRecipe
+    prompt: Prompt
     sampler: Sampler
     replication: Replication
     execution: Execution
@@ -115,14 +117,19 @@ def _check_between(config: Mapping[str, Any], faults: list[str]) -> None:
     if info is None or model is None:
         return
     _check_size((config.get("dataset") or {}).get("size"), info.image_size, faults)
+    prompt: Prompt | None = _readable(Prompt, config.get("prompt"))
+    if prompt is not None and prompt.kind not in info.prompts:
+        cure = " or ".join(f"prompt={option}" for option in info.prompts)
+        faults.append(f"prompt={prompt.kind} has no meaning for a {info.family} model; use {cure}")
     if sampler is not None:
         _collect(lambda: sampler.check_steps(info.num_train_timesteps), faults)
         scales = list(sampler.guidance_scales)
-        if not info.is_conditional and any(map(is_guided, scales)):
+        if info.prompts == ("none",) and any(map(is_guided, scales)):
             faults.append(
                 f"sampler.guidance_scales={scales} has no meaning for an unconditional model; use "
                 "sampler.guidance_scales=[1]"
             )
+        _collect(lambda: sampler.check_kind(info.prediction_type), faults)
         if not faults:  # building the schedule takes a second that a faulty config need not wait
             _collect(lambda: sampler.check_schedule(model.schedule()), faults)
 

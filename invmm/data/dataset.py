@@ -26,6 +26,7 @@ class ImageEntry:
         image_id: stable and unique: the relative POSIX path, or the code point of an icon.
         path: where it comes from.
         caption: its prompt, if there is one.
+        label: its class, if there is one.
         split: whether the model saw it in training.
         copies: how many times it stands in the training set; 0 held out, None unknown.
         error: why it cannot be used, if that is known without opening it.
@@ -34,6 +35,7 @@ class ImageEntry:
     image_id: str
     path: str
     caption: str | None = None
+    label: int | None = None
     split: Split = "unknown"
     copies: int | None = None
     error: str | None = None

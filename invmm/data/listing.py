@@ -58,6 +58,7 @@ class Listing:
             image_id=image_id,
             path=str(path),
             caption=caption or None,
+            label=self._label(image_id, listed),
             split=split,
             copies=copies,
             error=error,
@@ -92,6 +93,13 @@ class Listing:
             return read_bytes(sidecar).decode("utf-8-sig", errors="replace").strip()
         except ImageError:
             return None
+
+    def _label(self, image_id: str, listed: Mapping[str, Any]) -> int | None:
+        label = listed.get("label")
+        if label is None or (type(label) is int and label >= 0):
+            return label
+        self.problems.append(f"{image_id!r}: label {label!r} is not the number of a class")
+        return None
 
     def _split(self, image_id: str, listed: Mapping[str, Any]) -> tuple[Split, int | None]:
         split, copies = listed.get("split", "unknown"), listed.get("copies")

@@ -17,7 +17,9 @@ from torch import Tensor
 from invmm.diffusion.guidance import is_guided
 from invmm.diffusion.schedule import NoiseSchedule
 
-SchedulerName = Literal["ddim", "ddpm", "dpmsolver", "euler", "heun", "unipc"]
+SchedulerName = Literal[
+    "ddim", "ddpm", "dpmsolver", "euler", "heun", "unipc", "flow_euler", "flow_heun"
+]
 
 _CLASSES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"set_alpha_to_one": True}),
@@ -30,6 +32,10 @@ _CLASSES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "heun": ("HeunDiscreteScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {"final_sigmas_type": "zero"}),
 }
+_FLOW_CLASSES: Mapping[str, str] = {
+    "flow_euler": "FlowMatchEulerDiscreteScheduler",
+    "flow_heun": "FlowMatchHeunDiscreteScheduler",
+}
 _CAN_CLIP = ("ddim", "ddpm", "heun")
 _SMALLEST_FINAL_ALPHA = 1e-5
 
@@ -39,11 +45,13 @@ class Sampler:
     """Which scheduler turns noise into images, and how.
 
     Attributes:
-        scheduler: ddim, ddpm, dpmsolver (DPM-Solver++ 2M), euler, heun or unipc.
+        scheduler: ddim, ddpm, dpmsolver (DPM-Solver++ 2M), euler, heun or unipc; flow_euler or
+            flow_heun for models trained on a rectified flow.
         num_inference_steps: denoising steps (Heun evaluates the network twice in most of them).
         eta: noise that DDIM adds, 0 (none) to 1 (as much as DDPM).
         timestep_spacing: which of the training timesteps are visited; "trailing" starts at the
-            last one, as the published code does.
+            last one, as the published code does. Of a flow, "linspace" ends at the smallest
+            sigma, as the pipeline of Stable Diffusion 3 does, "trailing" a whole step before 0.
         clip_sample: clip the predicted clean latents to [-1, 1] at each step.
         guidance_scales: of a conditional model; an image counts as replicated if it is at any of
             them (paper: 1 to 7). A scale of 1 or less evaluates the network once a step, a
@@ -73,6 +81,16 @@ class Sampler:
                 f"; use one of {', '.join(_CAN_CLIP)} or sampler.clip_sample=false"
             )
 
+        if self.scheduler in _FLOW_CLASSES and self.timestep_spacing == "leading":
+            raise ValueError(
+                f"sampler.timestep_spacing=leading has no meaning for sampler.scheduler="
+                f"{self.scheduler}; use linspace or trailing"
+            )
+        if self.scheduler == "flow_heun" and self.timestep_spacing != "linspace":
+            raise ValueError(
+                "sampler.scheduler=flow_heun takes sampler.timestep_spacing=linspace only"
+            )
+
     @property
     def is_stochastic(self) -> bool:
         """Whether the sampler draws noise of its own."""
@@ -82,7 +100,7 @@ class Sampler:
     def num_evaluations(self) -> int:
         """Network evaluations for one sample without guidance."""
         steps = self.num_inference_steps
-        return steps * 2 - 1 if self.scheduler == "heun" else steps
+        return steps * 2 - 1 if self.scheduler in ("heun", "flow_heun") else steps
 
     def evaluations_at(self, guidance_scale: float) -> int:
         """Network evaluations for one sample at a guidance scale."""
@@ -108,13 +126,31 @@ class Sampler:
                 f"training timesteps, as DDIM needs; use {near}"
             )
 
+    def check_kind(self, prediction_type: str) -> None:
+        """Refuses a sampler that was not made for what the model predicts.
+
+        Raises:
+            ValueError: naming the key, the value and the cure.
+        """
+        if (prediction_type == "flow") != (self.scheduler in _FLOW_CLASSES):
+            cure, kind = (
+                ("ddim", "noise")
+                if self.scheduler in _FLOW_CLASSES
+                else ("flow_euler", "a rectified flow")
+            )
+            raise ValueError(
+                f"sampler.scheduler={self.scheduler} cannot draw from a model trained on {kind}; "
+                f"use sampler={cure}"
+            )
+
     def check_schedule(self, schedule: NoiseSchedule) -> None:
         """Refuses to start where a noise predictor's clean latents are undefined.
 
         Raises:
             ValueError: naming the key, the value and the cure.
         """
-        final_alpha = schedule.alphas_cumprod[-1].item()
+        self.check_kind(schedule.prediction_type)
+        final_alpha = schedule.signals[-1].item() ** 2
         explodes = final_alpha < _SMALLEST_FINAL_ALPHA and schedule.prediction_type == "epsilon"
         if explodes and self.timestep_spacing == "trailing":
             raise ValueError(
@@ -127,6 +163,16 @@ class Sampler:
         """A fresh diffusers scheduler on the trained schedule, its timesteps set."""
         import diffusers
 
+        self.check_kind(schedule.prediction_type)
+        if schedule.is_flow:
+            scheduler = getattr(diffusers, _FLOW_CLASSES[self.scheduler])(**schedule.trained)
+            steps = self.num_inference_steps
+            if self.timestep_spacing == "linspace":
+                scheduler.set_timesteps(steps)
+            else:
+                sigmas = [1 - index / steps for index in range(steps)]
+                scheduler.set_timesteps(sigmas=sigmas)
+            return scheduler
         name, fixed = _CLASSES[self.scheduler]
         scheduler_class = getattr(diffusers, name)
         options = {**schedule.trained, **fixed, "timestep_spacing": self.timestep_spacing}
@@ -170,9 +216,10 @@ def draw(
         options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
     if sampler.scheduler == "ddim":
         options["eta"] = sampler.eta
-    latents = noise * scheduler.init_noise_sigma
+    latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    scale = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
     for timestep in scheduler.timesteps:
-        model_input = scheduler.scale_model_input(latents, timestep)
+        model_input = scale(latents, timestep)
         timesteps = timestep.to(latents.device).expand(len(latents))
         output = predict(model_input, timesteps)
         latents = scheduler.step(output, timestep, latents, **options).prev_sample

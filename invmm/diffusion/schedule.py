@@ -1,7 +1,7 @@
 """The forward process and the conversions between what networks predict.
 
-Legend: alphas_cumprod -> alpha-bar_t; signal -> sqrt(alpha-bar_t);
-noise_scale -> sqrt(1 - alpha-bar_t); clean_latents -> x_0; noisy_latents -> x_t; noise -> epsilon.
+Legend: signal -> sqrt(alpha-bar_t), or 1 - sigma_t of a rectified flow; noise_scale ->
+sqrt(1 - alpha-bar_t), or sigma_t; clean_latents -> x_0; noisy_latents -> x_t; noise -> epsilon.
 All models that predict something else than the noise are converted here and nowhere else.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 TRAINED_KEYS = (
     "num_train_timesteps",
@@ -29,17 +29,27 @@ TRAINED_KEYS = (
 """Keys of a diffusers scheduler config that belong to the trained model, not to a sampler."""
 
 
+FLOW_KEYS = ("num_train_timesteps", "shift")
+"""The same of a rectified flow."""
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """x_t = signal_t * x_0 + noise_scale_t * noise, and what the network predicts of it.
 
     Attributes:
-        alphas_cumprod: (T,) float32, falling from about 1 to about 0.
+        signals: (T,) float32, falling from about 1 to about 0.
+        noise_scales: (T,) float32, rising from about 0 to about 1.
+        timesteps: (T,) what the network is told at each noise level: 0 to T - 1, or T * sigma_t
+            of a rectified flow.
         prediction_type: what the network was trained to output.
-        trained: the diffusers scheduler keys (`TRAINED_KEYS`) from which any sampler is built.
+        trained: the diffusers scheduler keys (`TRAINED_KEYS` or `FLOW_KEYS`) from which any
+            sampler is built.
     """
 
-    alphas_cumprod: Tensor
+    signals: Tensor
+    noise_scales: Tensor
+    timesteps: Tensor
     prediction_type: PredictionType
     trained: Mapping[str, Any] = field(default_factory=dict)
 
@@ -50,27 +60,64 @@ class NoiseSchedule:
         Raises:
             ValueError: the prediction type is not supported.
         """
+        if "shift" in config:  # only schedulers of rectified flows have it
+            return cls._flow(config)
         from diffusers import DDPMScheduler
 
         trained = {key: config[key] for key in TRAINED_KEYS if config.get(key) is not None}
         prediction_type = trained.setdefault("prediction_type", "epsilon")
-        if prediction_type not in get_args(PredictionType):
+        known = [name for name in get_args(PredictionType) if name != "flow"]
+        if prediction_type not in known:
             raise ValueError(
-                f"prediction_type={prediction_type} is not supported; "
-                f"use one of {', '.join(get_args(PredictionType))}"
+                f"prediction_type={prediction_type} is not supported; use one of {', '.join(known)}"
             )
-        alphas_cumprod = DDPMScheduler(**trained).alphas_cumprod
-        return cls(alphas_cumprod.float(), prediction_type, trained)
+        alphas_cumprod = DDPMScheduler(**trained).alphas_cumprod.float()
+        return cls(
+            alphas_cumprod.sqrt(),
+            (1 - alphas_cumprod).sqrt(),
+            torch.arange(len(alphas_cumprod)),
+            prediction_type,
+            trained,
+        )
+
+    @classmethod
+    def _flow(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        if config.get("use_dynamic_shifting"):
+            raise ValueError(
+                "use_dynamic_shifting=true is not supported; give the shift for this image size "
+                "in scheduler_config.json, with use_dynamic_shifting=false"
+            )
+        trained = {key: config[key] for key in FLOW_KEYS if config.get(key) is not None}
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(**trained)
+        sigmas = scheduler.sigmas.float().flip(0)
+        return cls(1 - sigmas, sigmas, sigmas * len(sigmas), "flow", trained)
 
     @property
     def num_train_timesteps(self) -> int:
         """T, the number of noise levels the model was trained on."""
-        return len(self.alphas_cumprod)
+        return len(self.signals)
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """(T,) alpha-bar, the squared signals."""
+        return self.signals.square()
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the model was trained on a rectified flow."""
+        return self.prediction_type == "flow"
 
     @cached_property
     def clean_latents_weights(self) -> Tensor:
-        """(T,) what an error of the noise counts as an error of the clean latents: (1 - a) / a."""
-        return (1 - self.alphas_cumprod) / self.alphas_cumprod
+        """(T,) what a squared error of the network's output counts as one of the clean latents."""
+        return {
+            "epsilon": (self.noise_scales / self.signals).square(),
+            "v_prediction": self.noise_scales.square(),
+            "flow": self.noise_scales.square(),
+            "sample": torch.ones_like(self.signals),
+        }[self.prediction_type]
 
     @cached_property
     def importance_weights(self) -> Tensor:
@@ -79,11 +126,14 @@ class NoiseSchedule:
 
     @cached_property
     def _scales(self) -> Tensor:
-        """(2, T) signal and noise_scale of every timestep."""
-        return torch.stack([self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()])
+        """(2, T) signal and noise_scale of every noise level."""
+        return torch.stack([self.signals, self.noise_scales])
 
     def scales(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) integer timesteps -> signal and noise_scale, each (B, 1, 1, 1) on their device."""
+        """(B,) timesteps -> signal and noise_scale, each (B, 1, 1, 1) on their device."""
+        if self.is_flow:
+            sigmas = (timesteps / self.num_train_timesteps).float().reshape(-1, 1, 1, 1)
+            return 1 - sigmas, sigmas
         if self._scales.device != timesteps.device:  # once, not at every step
             self.__dict__["_scales"] = self._scales.to(timesteps.device)
         signal, noise_scale = self._scales[:, timesteps].reshape(2, -1, 1, 1, 1)
@@ -101,6 +151,8 @@ class NoiseSchedule:
             return (noisy_latents - noise_scale * output) / signal
         if self.prediction_type == "v_prediction":
             return signal * noisy_latents - noise_scale * output
+        if self.is_flow:
+            return noisy_latents - noise_scale * output
         return output
 
     def noise(self, output: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
@@ -110,11 +162,21 @@ class NoiseSchedule:
             return output
         if self.prediction_type == "v_prediction":
             return signal * output + noise_scale * noisy_latents
+        if self.is_flow:
+            return noisy_latents + signal * output
         return (noisy_latents - signal * output) / noise_scale
 
-    def draw_timesteps(self, count: int, rng: torch.Generator) -> Tensor:
-        """(count,) timesteps, uniform over all noise levels, on the generator's device."""
-        return torch.randint(self.num_train_timesteps, (count,), generator=rng, device=rng.device)
+    def draw_levels(self, count: int, rng: torch.Generator, *, by_weight: bool = False) -> Tensor:
+        """(count,) indices of noise levels, on the CPU.
+
+        Args:
+            count: of levels.
+            rng: on the CPU.
+            by_weight: in proportion to `clean_latents_weights`, not uniform.
+        """
+        if by_weight:
+            return torch.multinomial(self.clean_latents_weights, count, True, generator=rng)
+        return torch.randint(self.num_train_timesteps, (count,), generator=rng)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +186,7 @@ class Prediction:
     Attributes:
         output: (B, C, H, W) raw output.
         noisy_latents: (B, C, H, W) what the network saw.
-        timesteps: (B,).
+        timesteps: (B,) as the network was told.
         schedule: what the output means.
     """
 

@@ -36,7 +36,8 @@ class DenoisingObjective:
 
     The noises of the forward process come from q, and the error is that of the clean latents,
     not of the noise: for a noise predictor its weight is (1 - alpha-bar) / alpha-bar, so that
-    nearly all of it lies in the last tenth of the timesteps.
+    nearly all of it lies in the last tenth of the timesteps. On a rectified flow the timesteps
+    are uniform over the shifted sigmas, as published for Stable Diffusion 3.
 
     Attributes:
         batch_size: noises, each with a timestep of its own, per step (paper: 32 DDPM, 16 else).
@@ -52,18 +53,16 @@ class DenoisingObjective:
     ) -> Tensor:
         """The mean over the batch and the latent dimensions."""
         schedule, latents = setting.schedule, target.latents
-        if self.timesteps == "uniform":
-            timesteps = schedule.draw_timesteps(self.batch_size, rng).to(latents.device)
-            weights = None
-        else:
-            likely = schedule.clean_latents_weights
-            drawn = torch.multinomial(likely, self.batch_size, True, generator=rng)
-            weights = schedule.importance_weights[drawn].to(latents.device)
-            timesteps = drawn.to(latents.device)
+        by_weight = self.timesteps == "importance"
+        levels = schedule.draw_levels(self.batch_size, rng, by_weight=by_weight)
+        timesteps = schedule.timesteps[levels].to(latents.device)
         noisy = schedule.add_noise(latents, noise.draw(self.batch_size, rng), timesteps)
         prediction = await Denoise(noisy, timesteps, target.rows(self.batch_size))
         errors = (prediction.clean_latents - latents).square()
-        return errors.mean() if weights is None else (weights * errors.flatten(1).mean(1)).mean()
+        if not by_weight:
+            return errors.mean()
+        weights = schedule.importance_weights[levels].to(latents.device)
+        return (weights * errors.flatten(1).mean(1)).mean()
 
     def evaluations(self) -> Evaluations:
         """One evaluation a noise, forwards and backwards."""

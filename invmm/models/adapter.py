@@ -23,7 +23,7 @@ class ModelInfo:
         num_train_timesteps: T.
         prediction_type: what the network predicts.
         weight_bytes: size of the weight files; None if they are not on this machine.
-        is_conditional: whether it can be told what to draw.
+        prompts: options of the config group `prompt` that it understands.
     """
 
     family: str
@@ -32,7 +32,7 @@ class ModelInfo:
     num_train_timesteps: int
     prediction_type: str
     weight_bytes: int | None
-    is_conditional: bool = False
+    prompts: tuple[str, ...] = ("none",)
 
 
 @runtime_checkable

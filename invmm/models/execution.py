@@ -29,13 +29,25 @@ _ATTENTION = {
 
 @runtime_checkable
 class LoadedNetwork(Network, Protocol):
-    """A network whose denoiser can be got at.
+    """A network as adapters make it: its denoiser can be got at, and it understands prompts.
 
     Attributes:
         denoiser: the module that `predict` evaluates.
     """
 
     denoiser: nn.Module
+
+    def condition(self, prompt: str | int | None) -> Condition | None:
+        """One row that says what to draw: a text, a class label, or None.
+
+        Raises:
+            ValueError: the model does not understand it.
+        """
+        ...
+
+    def negative(self, prompt: str) -> Condition | None:
+        """One row that guidance pushes away from; None if the model has no guidance."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +73,7 @@ class Execution:
     attention: Literal["math", "efficient", "flash", "cudnn"] | None = None
     gradient_checkpointing: bool = False
 
-    def prepare(self, network: LoadedNetwork) -> Network:
+    def prepare(self, network: LoadedNetwork) -> LoadedNetwork:
         """The network, computed this way.
 
         Raises:
@@ -95,8 +107,11 @@ class Execution:
 class _ExecutedNetwork:
     """A network whose denoiser runs under an `Execution`."""
 
-    def __init__(self, network: Network, execution: Execution) -> None:
+    def __init__(self, network: LoadedNetwork, execution: Execution) -> None:
         self._network = network
+        self.denoiser = network.denoiser
+        self.condition = network.condition
+        self.negative = network.negative
         self._execution = execution
         self._dtype = getattr(torch, execution.autocast) if execution.autocast else None
         self._scale = execution.gradient_scale if execution.autocast == "float16" else None

@@ -92,11 +92,9 @@ def open_folder(
     Raises:
         ValueError: neither a folder nor a hub id, or not a supported model.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        folder = _download(path, revision, variant if weights else None, weights=weights)
+    folder = fetched(path, revision=revision, variant=variant, weights=weights)
     if (folder / "model_index.json").is_file():
-        index = _read_json(folder / "model_index.json")
+        index = read_json(folder / "model_index.json")
         name = index.get("_class_name")
         if name not in PIPELINES:
             raise ValueError(
@@ -108,7 +106,7 @@ def open_folder(
         unet, scheduler = (
             folder / name if (folder / name).is_dir() else folder for name in COMPONENTS
         )
-        scheduler_config = _read_json(scheduler / "scheduler_config.json")
+        scheduler_config = read_json(scheduler / "scheduler_config.json")
     elif (folder / "config.json").is_file():
         unet, scheduler_config = folder, None
     else:
@@ -116,7 +114,7 @@ def open_folder(
             f"model.path={path} has neither model_index.json (a pipeline) nor config.json (a "
             "network); give a folder written by save_pretrained"
         )
-    unet_config = _read_json(unet / "config.json")
+    unet_config = read_json(unet / "config.json")
     if unet_config.get("_class_name") != "UNet2DModel":
         raise ValueError(
             f"model.path={path} holds a {unet_config.get('_class_name')}; supported is UNet2DModel"
@@ -127,6 +125,24 @@ def open_folder(
         unet_config=unet_config,
         scheduler_config=scheduler_config,
     )
+
+
+def fetched(path: str, *, revision: str | None, variant: str | None, weights: bool) -> Path:
+    """The folder of a model, fetched from the hub if it is not on this machine.
+
+    Args:
+        path: a folder, or a hub id such as google/ddpm-cifar10-32.
+        revision: of the hub repository.
+        variant: of the weight files, such as fp16.
+        weights: whether the weights must be there too.
+
+    Raises:
+        ValueError: neither a folder nor a hub id, or the hub does not give it.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    return _download(path, revision, variant if weights else None, weights=weights)
 
 
 def load_unet(folder: ModelFolder, *, variant: str | None, dtype: Any) -> Any:
@@ -184,7 +200,12 @@ def _check_components(path: str, index: Mapping[str, Any]) -> None:
             )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model folder.
+
+    Raises:
+        ValueError: missing, too large, or no JSON object.
+    """
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError(f"{path} is too large for a config file")
@@ -204,7 +225,7 @@ def _download(path: str, revision: str | None, variant: str | None, *, weights: 
 
     if not _HUB_ID.fullmatch(path):
         raise ValueError(f"model.path={path} is no folder here and no hub id (owner/name)")
-    patterns = ["*.json"]
+    patterns = ["*.json", "*/*.txt", "*/*.model"]  # the latter two belong to tokenizers
     if weights:
         patterns.append(f"*.{variant}.safetensors" if variant else "*.safetensors")
     try:

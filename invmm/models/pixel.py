@@ -16,6 +16,7 @@ from invmm.files import file_sha256
 from invmm.models.adapter import ModelInfo
 from invmm.models.cost import CallCost, call_cost
 from invmm.models.execution import Execution
+from invmm.models.labels import class_label
 from invmm.models.loading import PIPELINES, ModelFolder, load_unet, open_folder
 
 _LUMINANCE = (0.299, 0.587, 0.114)
@@ -63,6 +64,7 @@ class PixelUNet:
             num_train_timesteps=trained.get("num_train_timesteps", 1000),
             prediction_type=trained.get("prediction_type", "epsilon"),
             weight_bytes=sum(file.stat().st_size for file in weights) or None,
+            prompts=("class_label",) if folder.unet_config.get("num_class_embeds") else ("none",),
         )
 
     def schedule(self) -> NoiseSchedule:
@@ -86,7 +88,8 @@ class PixelUNet:
             execution.configure(unet)
             latents = torch.empty(rows, *_latent_shape(self.path, config), requires_grad=True)
             timesteps = torch.zeros(rows, dtype=torch.long)
-            cost = call_cost(unet, lambda: unet(latents, timesteps).sample)
+            labels = timesteps if config.get("num_class_embeds") else None
+            cost = call_cost(unet, lambda: unet(latents, timesteps, labels).sample)
         if self.dtype != "float32":
             return replace(cost, activation_bytes=cost.activation_bytes // 2)
         return execution.cost(cost)
@@ -157,8 +160,22 @@ class PixelNetwork:
 
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Condition | None) -> Tensor:
         """See `Network`; a learned variance is left out."""
-        output = self.denoiser(latents.to(self.denoiser.dtype), timesteps).sample
+        labels = condition["class_labels"] if condition else None
+        output = self.denoiser(latents.to(self.denoiser.dtype), timesteps, labels).sample
         return output[:, : self.latent_shape[0]].to(latents.dtype)
+
+    def condition(self, prompt: str | int | None) -> Condition | None:
+        """See `LoadedNetwork`: a class label if the network was trained with them."""
+        count = self.denoiser.config.num_class_embeds
+        if not count:
+            if prompt is not None:
+                raise ValueError("an unconditional pixel model takes no prompt; use prompt=none")
+            return None
+        return {"class_labels": class_label(prompt, count).to(self.device)}
+
+    def negative(self, prompt: str) -> Condition | None:
+        """See `LoadedNetwork`: no class stands for no class."""
+        return None
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels are latents; a greyscale model sees the luminance."""
@@ -190,8 +207,9 @@ def _latent_shape(path: str, config: Mapping[str, Any]) -> tuple[int, int, int]:
             f"model {path} maps {channels} to {config.get('out_channels')} channels; a pixel model "
             "has 1 or 3 (a latent model needs its autoencoder)"
         )
-    if config.get("num_class_embeds") or config.get("class_embed_type"):
+    if config.get("class_embed_type"):
         raise ValueError(
-            f"model {path} is class-conditional; only unconditional pixel models are supported"
+            f"model {path} has class_embed_type={config['class_embed_type']} in its config.json; "
+            "supported are plain class labels (num_class_embeds)"
         )
     return channels, size, size

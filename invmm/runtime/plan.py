@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from invmm.data.dataset import DatasetRecipe, ImageEntry
+from invmm.data.prompt import Prompt
 from invmm.diffusion.sampling import Sampler
 from invmm.engine.protocols import Measurement
 from invmm.engine.settings import EngineSettings
@@ -60,6 +61,7 @@ class MeasureRun:
         measurement: the question asked of each image.
         model: the model under measurement.
         dataset: the images.
+        prompt: what the model is told to draw.
         sampler: how the model draws.
         replication: what counts as a replica.
         execution: how the denoiser is computed.
@@ -78,6 +80,7 @@ class MeasureRun:
     measurement: Measurement
     model: ModelRecipe
     dataset: DatasetRecipe
+    prompt: Prompt
     sampler: Sampler
     replication: Replication
     execution: Execution

@@ -15,7 +15,7 @@ import torch
 from invmm.data.dataset import ImageDataset, ImageEntry, LoadedImage
 from invmm.engine.engine import Engine
 from invmm.engine.outcomes import Outcome
-from invmm.engine.protocols import Network, Setting, Similarity, Target
+from invmm.engine.protocols import Setting, Similarity, Target
 from invmm.engine.requests import Denoise
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
@@ -52,7 +52,9 @@ class Worker:
         device: torch.device,
     ) -> None:
         self.run, self.folder, self.dataset, self.entries = run, folder, dataset, entries
-        self.network: Network = run.execution.prepare(run.model.load(device))
+        self.network = run.execution.prepare(run.model.load(device))
+        with torch.no_grad():
+            self._negative = self.network.negative(run.prompt.negative)
         self.similarity: Similarity = run.replication.similarity.load(device)
         second = run.replication.second_opinion
         self.second_opinion: Similarity | None = second.load(device) if second else None
@@ -89,7 +91,10 @@ class Worker:
             return settings
 
         def measured() -> dict[str, int]:
-            chosen = settings.chosen(self.network, self.similarity)
+            blank = {"none": None, "class_label": 0}.get(self.run.prompt.kind, "")
+            with torch.no_grad():
+                condition = self.network.condition(blank)
+            chosen = settings.chosen(self.network, self.similarity, condition)
             return {name: getattr(chosen, name) for name in settings.open}
 
         rows = self.folder.settled("rows.json", measured)
@@ -110,16 +115,19 @@ class Worker:
     def _start(self, entry: ImageEntry) -> Coroutine[Any, Any, Outcome]:
         loaded = self._loaded[entry.image_id] = self.dataset.load(entry)
         rng = image_generator(self.run.seed, entry.image_id)
-        return self.run.measurement(self._target(entry.image_id, loaded), self.setting, rng)
+        return self.run.measurement(self._target(entry, loaded), self.setting, rng)
 
-    def _target(self, image_id: str, loaded: LoadedImage) -> Target:
+    def _target(self, entry: ImageEntry, loaded: LoadedImage) -> Target:
+        prompt = self.run.prompt.of(entry)
         pixels = loaded.pixels[None].to(self.network.device)
         with torch.no_grad():
             return Target(
-                image_id=image_id,
+                image_id=entry.image_id,
                 pixels=pixels[0],
                 latents=self.network.encode(pixels),
                 embedding=self.similarity.embed(pixels)[0],
+                condition=self.network.condition(prompt),
+                negative=self._negative,
             )
 
     def _finish(self, image_id: str, outcome: Outcome) -> None:

@@ -47,7 +47,8 @@ def test_every_target_of_the_makefile_is_explained():
     result = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     explained = re.findall(r"^  make ([a-z-]+) +\S", result.stdout, re.MULTILINE)
     assert explained == [
-        "help", "setup", "demo", "test", "test-all", "lint", "format", "bench", "study", "clean",
+        "help", "setup", "demo", "test", "test-all", "lint", "format", "bench", "bench-gpu",
+        "study", "clean",
     ]  # fmt: skip
 
 

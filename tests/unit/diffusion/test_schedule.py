@@ -51,8 +51,8 @@ def test_add_noise_broadcasts_one_image_over_the_batch():
 
 def test_timesteps_are_uniform_and_belong_to_the_generator():
     schedule = linear_schedule()
-    drawn = schedule.draw_timesteps(20_000, torch.Generator().manual_seed(1))
-    again = schedule.draw_timesteps(20_000, torch.Generator().manual_seed(1))
+    drawn = schedule.draw_levels(20_000, torch.Generator().manual_seed(1))
+    again = schedule.draw_levels(20_000, torch.Generator().manual_seed(1))
     assert torch.equal(drawn, again)
     counts = torch.bincount(drawn // 100, minlength=10)
     assert (counts - 2000).abs().max() < 5 * 2000**0.5

@@ -1,0 +1,66 @@
+"""What a conditional model is told to draw when an image is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+from invmm.data.dataset import ImageEntry, ImageError
+
+Kind = Literal["none", "empty", "caption", "class_label"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """The condition of an image.
+
+    Attributes:
+        kind: none for an unconditional model; empty or the image's caption for a text model; the
+            image's class label for a class-conditional one.
+        label: of all images; null takes each one's own.
+        negative: what guidance pushes away from; empty as in diffusers' pipelines.
+
+    Raises:
+        ValueError: an option that the kind does not have.
+    """
+
+    kind: Kind = "none"
+    label: Annotated[int, Ge(0)] | None = None
+    negative: str = ""
+
+    def __post_init__(self) -> None:
+        if self.label is not None and self.kind != "class_label":
+            raise ValueError(
+                f"prompt.label={self.label} has no meaning for prompt={self.kind}; use "
+                "prompt=class_label"
+            )
+        if self.negative and self.kind not in ("empty", "caption"):
+            raise ValueError(
+                f"prompt.negative has no meaning for prompt={self.kind}; use prompt=caption"
+            )
+
+    def of(self, entry: ImageEntry) -> str | int | None:
+        """The text or label of an image; None if there is none to give.
+
+        Raises:
+            ImageError: it needs a caption or label and has none.
+        """
+        if self.kind == "none":
+            return None
+        if self.kind == "empty":
+            return ""
+        if self.kind == "caption":
+            if entry.caption is None:
+                raise ImageError(
+                    "it has no caption; put one into metadata.jsonl or a .txt file beside it, or "
+                    "use prompt=empty"
+                )
+            return entry.caption
+        label = entry.label if self.label is None else self.label
+        if label is None:
+            raise ImageError(
+                "it has no class label; put label into metadata.jsonl, or give prompt.label"
+            )
+        return label

@@ -1,0 +1,110 @@
+"""The model that a folder or hub id holds, whatever its family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from invmm.diffusion.schedule import NoiseSchedule
+from invmm.models.adapter import ModelInfo, ModelRecipe
+from invmm.models.codec import Posterior
+from invmm.models.cost import CallCost
+from invmm.models.execution import Execution, LoadedNetwork
+from invmm.models.loading import PIPELINES as PIXEL_PIPELINES
+from invmm.models.loading import fetched, read_json
+from invmm.models.pipeline import PIPELINES as LATENT_PIPELINES
+from invmm.models.pipeline import LatentPipeline
+from invmm.models.pixel import PixelUNet
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoModel:
+    """Reads model_index.json and picks the adapter.
+
+    Attributes:
+        path: a local folder or a hub id.
+        variant: of the weight files, for example fp16.
+        revision: of a hub repository.
+        dtype: of the weights; losses and the noise distribution stay in float32.
+        lora: a safetensors file with LoRA weights, for models with a text encoder.
+        noise_schedule: diffusers scheduler keys, for pixel models; a bare network needs them.
+        posterior: see `LatentPipeline`.
+        vae_slicing: see `LatentPipeline`.
+        vae_tiling: see `LatentPipeline`.
+    """
+
+    path: str
+    variant: str | None = None
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    lora: str | None = None
+    noise_schedule: dict[str, Any] | None = None
+    posterior: Posterior | None = None
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+
+    def recipe(self) -> ModelRecipe:
+        """The adapter's own recipe.
+
+        Raises:
+            ValueError: nothing there, a model of no supported family, or an option that its
+                family does not have.
+        """
+        common: dict[str, Any] = {
+            "path": self.path,
+            "variant": self.variant,
+            "revision": self.revision,
+            "dtype": self.dtype,
+        }
+        folder = fetched(self.path, revision=self.revision, variant=self.variant, weights=False)
+        if not (folder / "model_index.json").is_file():
+            name = None  # a bare network, or what `PixelUNet` will refuse with the reason
+        else:
+            name = read_json(folder / "model_index.json").get("_class_name")
+        if name in LATENT_PIPELINES:
+            self._refuse("noise_schedule", name)
+            return LatentPipeline(
+                **common,
+                lora=self.lora,
+                posterior=self.posterior,
+                vae_slicing=self.vae_slicing,
+                vae_tiling=self.vae_tiling,
+            )
+        if name is not None and name not in PIXEL_PIPELINES:
+            known = ", ".join((*PIXEL_PIPELINES, *LATENT_PIPELINES))
+            raise ValueError(
+                f"model.path={self.path} holds a {name}; supported are {known} and a bare "
+                "UNet2DModel folder"
+            )
+        for option in ("lora", "posterior", "vae_slicing", "vae_tiling"):
+            self._refuse(option, name or "UNet2DModel")
+        return PixelUNet(**common, noise_schedule=self.noise_schedule)
+
+    def describe(self) -> ModelInfo:
+        """See `ModelRecipe`."""
+        return self.recipe().describe()
+
+    def schedule(self) -> NoiseSchedule:
+        """See `ModelRecipe`."""
+        return self.recipe().schedule()
+
+    def call_cost(self, rows: int, execution: Execution) -> CallCost:
+        """See `ModelRecipe`."""
+        return self.recipe().call_cost(rows, execution)
+
+    def load(self, device: torch.device) -> LoadedNetwork:
+        """See `ModelRecipe`."""
+        return self.recipe().load(device)
+
+    def fingerprint(self) -> dict[str, str]:
+        """See `ModelRecipe`."""
+        return self.recipe().fingerprint()
+
+    def _refuse(self, option: str, name: str) -> None:
+        value = getattr(self, option)
+        if value:
+            raise ValueError(
+                f"model.{option}={value} has no meaning for a {name}; leave it at its default"
+            )

@@ -1,0 +1,172 @@
+"""What all models on the latents of an autoencoder share, and the unconditional and class ones.
+
+A family is a subclass with its `family` table and `evaluate`; one with a condition says what a
+blank one looks like and how a prompt or label becomes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from invmm.diffusion.guidance import Condition
+from invmm.diffusion.schedule import NoiseSchedule
+from invmm.models.codec import Codec, Posterior
+from invmm.models.labels import class_label
+from invmm.models.parts import AUTOENCODERS, SCHEDULERS, Family
+
+
+class LatentNetwork:
+    """A frozen pipeline behind the engine's `Network` Protocol.
+
+    Args:
+        pipeline: the diffusers pipeline; its parts are frozen in place.
+        device: where it runs.
+        posterior: see `Codec`; None takes the family's.
+
+    Attributes:
+        family: which pipelines, of which parts.
+        denoiser: the U-Net or transformer.
+        image_size: side of the images that it draws.
+    """
+
+    family: ClassVar[Family]
+    posterior: ClassVar[Posterior] = "mode"
+
+    def __init__(
+        self, pipeline: Any, device: torch.device, posterior: Posterior | None = None
+    ) -> None:
+        self.pipeline = pipeline
+        for name in self.family.parts:
+            part = getattr(pipeline, name)
+            if isinstance(part, torch.nn.Module):
+                part.to(device).eval().requires_grad_(False)
+        self.device = device
+        self.denoiser: Any = getattr(pipeline, self.family.denoiser)
+        autoencoder = getattr(pipeline, self.family.autoencoder)
+        self.codec = Codec(autoencoder, posterior or self.posterior)
+        self.schedule = NoiseSchedule.from_config(pipeline.scheduler.config)
+        self.latent_shape = latent_shape(self.denoiser.config)
+        self.image_size = self.latent_shape[1] * self.codec.factor
+
+    def predict(self, latents: Tensor, timesteps: Tensor, condition: Condition | None) -> Tensor:
+        """See `Network`; a learned variance is left out."""
+        dtype = self.denoiser.dtype
+        cast = {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in (condition or {}).items()
+        }
+        output = self.evaluate(self.denoiser, latents.to(dtype), timesteps, cast)
+        return output[:, : self.latent_shape[0]].to(latents.dtype)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """See `Network`."""
+        return self.codec.encode(pixels)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Network`."""
+        return self.codec.decode(latents)
+
+    def condition(self, prompt: str | int | None) -> Condition | None:
+        """One row that says what to draw; an unconditional model has none."""
+        if prompt is not None:
+            raise ValueError(f"a {self.family.name} model takes no prompt; use prompt=none")
+        return None
+
+    def negative(self, prompt: str) -> Condition | None:
+        """One row that guidance pushes away from; None without guidance."""
+        return None
+
+    @staticmethod
+    def evaluate(denoiser: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """The denoiser's raw output."""
+        raise NotImplementedError
+
+    @staticmethod
+    def blank_condition(config: Mapping[str, Any], rows: int) -> Condition:
+        """Zeros in the shape of a condition, from the denoiser's config; {} without one."""
+        return {}
+
+
+class LatentDiffusion(LatentNetwork):
+    """Unconditional latent diffusion, on a VQ or a KL autoencoder."""
+
+    family = Family(
+        name="ldm",
+        pipelines=("LDMPipeline",),
+        denoiser="unet",
+        autoencoder="vqvae",
+        parts={
+            "vqvae": AUTOENCODERS,
+            "unet": ("diffusers.UNet2DModel",),
+            "scheduler": SCHEDULERS,
+        },
+    )
+
+    @staticmethod
+    def evaluate(denoiser: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """See `LatentNetwork`."""
+        return denoiser(latents, timesteps).sample
+
+
+class Dit(LatentNetwork):
+    """Class-conditional diffusion transformers on a KL autoencoder."""
+
+    family = Family(
+        name="dit",
+        pipelines=("DiTPipeline",),
+        denoiser="transformer",
+        autoencoder="vae",
+        prompts=("class_label",),
+        parts={
+            "transformer": ("diffusers.DiTTransformer2DModel", "diffusers.Transformer2DModel"),
+            "vae": ("diffusers.AutoencoderKL",),
+            "scheduler": SCHEDULERS,
+        },
+        settings=("id2label",),
+    )
+
+    def condition(self, prompt: str | int | None) -> Condition:
+        """One row of class labels.
+
+        Raises:
+            ValueError: no label of this model.
+        """
+        count = self.denoiser.config.num_embeds_ada_norm
+        return {"class_labels": class_label(prompt, count).to(self.device)}
+
+    def negative(self, prompt: str) -> Condition:
+        """The class that stands for no class."""
+        count = self.denoiser.config.num_embeds_ada_norm
+        return {"class_labels": torch.tensor([count], device=self.device)}
+
+    @staticmethod
+    def evaluate(denoiser: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """See `LatentNetwork`."""
+        return denoiser(latents, timestep=timesteps, **condition).sample
+
+    @staticmethod
+    def blank_condition(config: Mapping[str, Any], rows: int) -> Condition:
+        """See `LatentNetwork`."""
+        return {"class_labels": torch.zeros(rows, dtype=torch.long)}
+
+
+def latent_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(C, H, W) from a denoiser's config.
+
+    Raises:
+        ValueError: it is not made for square latents.
+    """
+    size = config.get("sample_size")
+    if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
+        size = size[0]
+    channels = config.get("in_channels")
+    if type(size) is not int or size < 1 or type(channels) is not int:
+        raise ValueError(
+            f"the denoiser has sample_size={size} and in_channels={channels} in its config.json; "
+            "integers and a square are needed"
+        )
+    return channels, size, size

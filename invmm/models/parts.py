@@ -1,0 +1,147 @@
+"""The parts of a diffusers pipeline: which ones a family has, and loading them without trust.
+
+diffusers leaves parameters without weights on the meta device and says nothing, transformers draws
+them at random; class names and folders come from a JSON file that anyone can write. All of it is
+checked here, part by part.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+AUTOENCODERS = ("diffusers.VQModel", "diffusers.AutoencoderKL")
+SCHEDULERS = tuple(
+    f"diffusers.{name}"
+    for name in (
+        "DDPMScheduler",
+        "DDIMScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    )
+)
+"""Schedulers whose config means a schedule of betas."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Pipelines that are used in the same way.
+
+    Attributes:
+        name: as in `ModelInfo.family`.
+        pipelines: their class names.
+        denoiser: the part that is evaluated at every step.
+        autoencoder: the part between pixels and latents.
+        parts: every part -> the classes that it may have, with their library.
+        optional: parts that may be absent.
+        ignored: parts that are never loaded, such as safety checkers.
+        settings: further keys of model_index.json, which are no parts.
+        prompts: the options of the config group `prompt` that it understands.
+    """
+
+    name: str
+    pipelines: tuple[str, ...]
+    denoiser: str
+    autoencoder: str
+    parts: Mapping[str, tuple[str, ...]]
+    optional: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ("none",)
+
+    def classes(self, path: str, index: Mapping[str, Any]) -> dict[str, str]:
+        """Part -> its class ("library.Name") in a model_index.json; absent optional ones left out.
+
+        Raises:
+            ValueError: a part that the family does not have, or of another class.
+        """
+        for name in index:
+            known = (*self.parts, *self.ignored, *self.settings)
+            if not name.startswith("_") and name not in known:
+                raise ValueError(
+                    f"model.path={path} names the component {name!r} in model_index.json; "
+                    f"expected are {', '.join(self.parts)}"
+                )
+        found = {}
+        for name, classes in self.parts.items():
+            value = index.get(name)
+            if value in (None, [None, None]) and name in self.optional:
+                continue
+            joined = ".".join(map(str, value)) if isinstance(value, list) else str(value)
+            if joined not in classes:
+                raise ValueError(
+                    f"model.path={path} wants its {name} to be {value!r}; supported are "
+                    f"{', '.join(classes)}"
+                )
+            found[name] = joined
+        return found
+
+
+def load_part(folder: Path, name: str, class_name: str, *, variant: str | None, dtype: Any) -> Any:
+    """One part on the CPU, every weight in its place.
+
+    Args:
+        folder: of the pipeline.
+        name: of the part and its subfolder.
+        class_name: from `Family.classes`.
+        variant: of the weight files.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: it cannot be loaded, or weights are missing, unexpected or of another shape.
+    """
+    library, _, own_name = class_name.partition(".")
+    found = getattr(importlib.import_module(library), own_name)
+    options: dict[str, Any] = {"local_files_only": True}
+    has_weights = issubclass(found, _modules())
+    if has_weights:
+        options |= {"variant": variant, "use_safetensors": True, "output_loading_info": True}
+        options["torch_dtype" if library == "diffusers" else "dtype"] = dtype
+        if library == "diffusers":
+            options["low_cpu_mem_usage"] = False
+    try:
+        loaded = found.from_pretrained(str(folder / name), **options)
+    except Exception as error:  # whatever a foreign config makes the constructors raise
+        reason = " ".join(str(error).split())[:400]
+        raise ValueError(
+            f"the {name} of model.path={folder} cannot be loaded ({reason}); export the model again"
+        ) from error
+    if not has_weights:
+        return loaded
+    part, info = loaded
+    faults = [
+        f"{kind.removesuffix('_keys')} {', '.join(sorted(map(str, info[kind]))[:3])}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(kind)
+    ]
+    faults += [key for key, value in part.named_parameters() if value.is_meta][:3]
+    if faults:
+        raise ValueError(
+            f"the {name} of model.path={folder} does not hold the weights its config.json "
+            f"describes ({'; '.join(faults)}); export the model again"
+        )
+    return part
+
+
+def weight_files(folder: Path, name: str, variant: str | None) -> list[Path]:
+    """The safetensors files of a part; empty for one without weights."""
+    suffix = f".{variant}.safetensors" if variant else ".safetensors"
+    files = sorted((folder / name).glob(f"*{suffix}"))
+    return [file for file in files if variant or file.name.count(".") == 1]
+
+
+def _modules() -> tuple[type, ...]:
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel
+
+    return ModelMixin, PreTrainedModel

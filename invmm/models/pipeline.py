@@ -1,0 +1,250 @@
+"""Latent models of any family, from a diffusers folder, a hub id or a pipeline in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from invmm.diffusion.schedule import NoiseSchedule
+from invmm.files import file_sha256
+from invmm.models.adapter import ModelInfo
+from invmm.models.codec import Posterior, pixels_per_latent
+from invmm.models.cost import CallCost, call_cost
+from invmm.models.execution import Execution
+from invmm.models.latent import Dit, LatentDiffusion, LatentNetwork, latent_shape
+from invmm.models.loading import fetched, read_json
+from invmm.models.parts import Family, load_part, weight_files
+from invmm.models.stable_diffusion import StableDiffusion, StableDiffusion3, StableDiffusionXL
+
+NETWORKS: tuple[type[LatentNetwork], ...] = (
+    LatentDiffusion,
+    Dit,
+    StableDiffusion,
+    StableDiffusionXL,
+    StableDiffusion3,
+)
+"""Every family; one more is one more class here."""
+
+PIPELINES = {name: network for network in NETWORKS for name in network.family.pipelines}
+"""Pipeline class name -> the network that it becomes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentPipeline:
+    """A diffusers pipeline on the latents of an autoencoder.
+
+    Attributes:
+        path: a local folder or a hub id.
+        variant: of the weight files, for example fp16.
+        revision: of a hub repository.
+        dtype: of the weights; losses and the noise distribution stay in float32.
+        lora: a safetensors file with LoRA weights for the denoiser and text encoders.
+        posterior: which latents stand for an image; null takes the family's (paper: the mode,
+            for Stable Diffusion 3 a sample).
+        vae_slicing: decode image after image, for less memory.
+        vae_tiling: decode tile after tile, for large images.
+    """
+
+    path: str
+    variant: str | None = None
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    lora: str | None = None
+    posterior: Posterior | None = None
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+
+    def describe(self) -> ModelInfo:
+        """Reads JSON only; see `ModelRecipe`."""
+        folder = self._folder(weights=False)
+        family = folder.network.family
+        config = folder.config(family.denoiser)
+        shape = latent_shape(config)
+        factor = pixels_per_latent(folder.config(family.autoencoder))
+        schedule = folder.scheduler()
+        files = [file for files in self._weights(folder).values() for file in files]
+        return ModelInfo(
+            family=family.name,
+            latent_shape=shape,
+            image_size=shape[1] * factor,
+            num_train_timesteps=schedule.get("num_train_timesteps", 1000),
+            prediction_type=schedule.get("prediction_type", "epsilon"),
+            weight_bytes=sum(file.stat().st_size for file in files) or None,
+            prompts=family.prompts,
+        )
+
+    def schedule(self) -> NoiseSchedule:
+        """See `ModelRecipe`."""
+        return _schedule(self.path, self._folder(weights=False).scheduler())
+
+    def call_cost(self, rows: int, execution: Execution) -> CallCost:
+        """See `ModelRecipe`."""
+        folder = self._folder(weights=False)
+        family = folder.network.family
+        config = folder.config(family.denoiser)
+        with torch.device("meta"):
+            denoiser = _class(folder.classes[family.denoiser]).from_config(dict(config))
+            denoiser.requires_grad_(False)
+            execution.configure(denoiser)
+            latents = torch.empty(rows, *latent_shape(config), requires_grad=True)
+            timesteps = torch.zeros(rows, dtype=torch.long)
+            condition = folder.network.blank_condition(config, rows)
+            cost = call_cost(
+                denoiser,
+                lambda: folder.network.evaluate(denoiser, latents, timesteps, condition),
+            )
+        if self.dtype != "float32":
+            return replace(cost, activation_bytes=cost.activation_bytes // 2)
+        return execution.cost(cost)
+
+    def load(self, device: torch.device) -> LatentNetwork:
+        """Loads every part, checks that no weight is missing, freezes; see `ModelRecipe`."""
+        folder = self._folder(weights=True)
+        family = folder.network.family
+        dtype = getattr(torch, self.dtype)
+        parts: dict[str, Any] = {
+            name: load_part(folder.path, name, found, variant=self.variant, dtype=dtype)
+            for name, found in folder.classes.items()
+        }
+        absent = {name: None for name in (*family.optional, *family.ignored)}
+        settings = {name: folder.index[name] for name in family.settings if name in folder.index}
+        pipeline = _class(f"diffusers.{folder.pipeline}")(**{**absent, **settings, **parts})
+        if self.lora is not None:
+            _add_lora(pipeline, self.lora)
+        network = folder.network(pipeline, device, self.posterior)
+        if self.vae_slicing:
+            network.codec.autoencoder.enable_slicing()
+        if self.vae_tiling:
+            network.codec.autoencoder.enable_tiling()
+        return network
+
+    def fingerprint(self) -> dict[str, str]:
+        """See `ModelRecipe`."""
+        folder = self._folder(weights=True)
+        files = [file for files in self._weights(folder).values() for file in files]
+        found = {file.relative_to(folder.path).as_posix(): file_sha256(file) for file in files}
+        return {**found, "lora": file_sha256(Path(self.lora))} if self.lora else found
+
+    def _folder(self, *, weights: bool) -> PipelineFolder:
+        folder = open_pipeline(
+            self.path, revision=self.revision, variant=self.variant, weights=weights
+        )
+        is_here = folder.path == Path(self.path).expanduser()
+        if weights or is_here:
+            for name, files in self._weights(folder).items():
+                if not files:
+                    raise ValueError(
+                        f"model.path={self.path} has no safetensors files of its {name}"
+                        f"{f' in variant {self.variant}' if self.variant else ''}; save the "
+                        "model with safetensors"
+                    )
+        return folder
+
+    def _weights(self, folder: PipelineFolder) -> dict[str, list[Path]]:
+        return {
+            name: weight_files(folder.path, name, self.variant)
+            for name in folder.classes
+            if name != "scheduler" and not name.startswith("tokenizer")
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineFolder:
+    """A pipeline on disk, its JSON files read.
+
+    Attributes:
+        path: of the folder.
+        pipeline: its class name.
+        network: what it becomes.
+        index: its model_index.json.
+        classes: part -> "library.Class".
+    """
+
+    path: Path
+    pipeline: str
+    network: type[LatentNetwork]
+    index: Mapping[str, Any]
+    classes: Mapping[str, str]
+
+    def config(self, part: str) -> Mapping[str, Any]:
+        """The config.json of a part."""
+        return read_json(self.path / part / "config.json")
+
+    def scheduler(self) -> Mapping[str, Any]:
+        """The scheduler's config, as it was trained."""
+        config = read_json(self.path / "scheduler" / "scheduler_config.json")
+        if "FlowMatch" in self.classes["scheduler"]:
+            return {**config, "prediction_type": "flow"}
+        return config
+
+
+def open_pipeline(
+    path: str, *, revision: str | None, variant: str | None, weights: bool
+) -> PipelineFolder:
+    """Finds the folder, fetching a hub id if need be, and reads its index.
+
+    Raises:
+        ValueError: neither a folder nor a hub id, or not a supported pipeline.
+    """
+    folder = fetched(path, revision=revision, variant=variant, weights=weights)
+    index = read_json(folder / "model_index.json")
+    name = index.get("_class_name")
+    if name not in PIPELINES:
+        raise ValueError(f"model.path={path} holds a {name}; supported are {', '.join(PIPELINES)}")
+    network = PIPELINES[name]
+    classes = network.family.classes(path, index)
+    return PipelineFolder(path=folder, pipeline=name, network=network, index=index, classes=classes)
+
+
+def _schedule(path: str, config: Mapping[str, Any]) -> NoiseSchedule:
+    try:
+        return NoiseSchedule.from_config(config)
+    except Exception as error:  # whatever foreign values make the constructor raise
+        raise ValueError(f"the noise schedule of model.path={path} is unusable: {error}") from error
+
+
+@lru_cache(maxsize=32)
+def _class(class_name: str) -> Any:
+    import importlib
+
+    library, _, name = class_name.partition(".")
+    return getattr(importlib.import_module(library), name)
+
+
+def _add_lora(pipeline: Any, path: str) -> None:
+    """Loads LoRA weights, every one of which must find its place.
+
+    Raises:
+        ValueError: no safetensors file, or some of its weights belong to no layer.
+    """
+    from safetensors import safe_open
+
+    if not Path(path).is_file() or Path(path).suffix != ".safetensors":
+        raise ValueError(f"model.lora={path} is no safetensors file")
+    with safe_open(path, "pt") as file:
+        expected = len([key for key in file.keys() if not key.endswith(".alpha")])  # noqa: SIM118
+    before = _num_adapters(pipeline)
+    try:
+        pipeline.load_lora_weights(str(Path(path).parent), weight_name=Path(path).name)
+    except Exception as error:
+        raise ValueError(f"model.lora={path} cannot be loaded: {error}") from error
+    found = _num_adapters(pipeline) - before
+    if found != expected:
+        raise ValueError(
+            f"model.lora={path} has {expected} weights, of which {found} found a layer in this "
+            "model; it was made for another one"
+        )
+
+
+def _num_adapters(pipeline: Any) -> int:
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    names = [name for module in modules for name, _ in module.named_parameters()]
+    return sum(".lora_" in name for name in names)
+
+
+__all__ = ["NETWORKS", "PIPELINES", "Family", "LatentPipeline", "PipelineFolder", "open_pipeline"]

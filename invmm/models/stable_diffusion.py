@@ -1,0 +1,186 @@
+"""Stable Diffusion 1, 2 and XL: a U-Net on KL latents that CLIP embeddings of a prompt steer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from invmm.diffusion.guidance import Condition
+from invmm.models.latent import LatentNetwork
+from invmm.models.parts import SCHEDULERS, Family
+
+_TOKENS = 77
+_TOKENIZERS = ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")
+
+
+class StableDiffusion(LatentNetwork):
+    """Stable Diffusion 1.x and 2.x, predicting noise or velocity."""
+
+    family = Family(
+        name="stable_diffusion",
+        pipelines=("StableDiffusionPipeline",),
+        denoiser="unet",
+        autoencoder="vae",
+        prompts=("caption", "empty"),
+        parts={
+            "vae": ("diffusers.AutoencoderKL",),
+            "text_encoder": ("transformers.CLIPTextModel",),
+            "tokenizer": _TOKENIZERS,
+            "unet": ("diffusers.UNet2DConditionModel",),
+            "scheduler": SCHEDULERS,
+        },
+        ignored=("safety_checker", "feature_extractor", "image_encoder"),
+        settings=("requires_safety_checker",),
+    )
+
+    def condition(self, prompt: str | int | None) -> Condition:
+        """The prompt's embeddings, as the pipeline makes them."""
+        return _embeds(self.pipeline.encode_prompt(_text(prompt), self.device, 1, False)[0])
+
+    def negative(self, prompt: str) -> Condition:
+        """The negative prompt's embeddings; usually of the empty one."""
+        return self.condition(prompt)
+
+    @staticmethod
+    def evaluate(denoiser: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """See `LatentNetwork`."""
+        return denoiser(latents, timesteps, condition["prompt_embeds"]).sample
+
+    @staticmethod
+    def blank_condition(config: Mapping[str, Any], rows: int) -> Condition:
+        """See `LatentNetwork`."""
+        return {"prompt_embeds": torch.zeros(rows, _TOKENS, config["cross_attention_dim"])}
+
+
+class StableDiffusionXL(LatentNetwork):
+    """Stable Diffusion XL: two text encoders, a pooled embedding and the size of the image."""
+
+    family = Family(
+        name="sdxl",
+        pipelines=("StableDiffusionXLPipeline",),
+        denoiser="unet",
+        autoencoder="vae",
+        prompts=("caption", "empty"),
+        parts={
+            "vae": ("diffusers.AutoencoderKL",),
+            "text_encoder": ("transformers.CLIPTextModel",),
+            "text_encoder_2": ("transformers.CLIPTextModelWithProjection",),
+            "tokenizer": _TOKENIZERS,
+            "tokenizer_2": _TOKENIZERS,
+            "unet": ("diffusers.UNet2DConditionModel",),
+            "scheduler": SCHEDULERS,
+        },
+        ignored=("feature_extractor", "image_encoder"),
+        settings=("force_zeros_for_empty_prompt", "add_watermarker"),
+    )
+
+    def condition(self, prompt: str | int | None) -> Condition:
+        """Embeddings of both encoders, the pooled one of the second, and the image's size."""
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            _text(prompt), device=self.device, do_classifier_free_guidance=False
+        )
+        return self._with_size(embeds, pooled)
+
+    def negative(self, prompt: str) -> Condition:
+        """Zeros instead of the empty prompt where the pipeline was made for them."""
+        condition = self.condition(prompt)
+        if prompt == "" and self.pipeline.config.force_zeros_for_empty_prompt:
+            sizes = condition["time_ids"]
+            return {**{k: torch.zeros_like(v) for k, v in condition.items()}, "time_ids": sizes}
+        return condition
+
+    def _with_size(self, embeds: Tensor, pooled: Tensor) -> Condition:
+        size = self.image_size
+        sizes = torch.tensor([[size, size, 0, 0, size, size]], device=self.device)
+        return {
+            "prompt_embeds": embeds.detach(),
+            "pooled_embeds": pooled.detach(),
+            "time_ids": sizes.to(embeds.dtype),
+        }
+
+    @staticmethod
+    def evaluate(denoiser: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """See `LatentNetwork`."""
+        added = {"text_embeds": condition["pooled_embeds"], "time_ids": condition["time_ids"]}
+        return denoiser(
+            latents, timesteps, condition["prompt_embeds"], added_cond_kwargs=added
+        ).sample
+
+    @staticmethod
+    def blank_condition(config: Mapping[str, Any], rows: int) -> Condition:
+        """See `LatentNetwork`."""
+        sizes = 6 * config["addition_time_embed_dim"]
+        pooled = config["projection_class_embeddings_input_dim"] - sizes
+        return {
+            "prompt_embeds": torch.zeros(rows, _TOKENS, config["cross_attention_dim"]),
+            "pooled_embeds": torch.zeros(rows, pooled),
+            "time_ids": torch.zeros(rows, 6),
+        }
+
+
+class StableDiffusion3(LatentNetwork):
+    """Stable Diffusion 3 and 3.5: a transformer trained on rectified flow, with or without T5."""
+
+    posterior = "sample"
+    family = Family(
+        name="sd3",
+        pipelines=("StableDiffusion3Pipeline",),
+        denoiser="transformer",
+        autoencoder="vae",
+        prompts=("caption", "empty"),
+        parts={
+            "transformer": ("diffusers.SD3Transformer2DModel",),
+            "vae": ("diffusers.AutoencoderKL",),
+            "text_encoder": ("transformers.CLIPTextModelWithProjection",),
+            "text_encoder_2": ("transformers.CLIPTextModelWithProjection",),
+            "text_encoder_3": ("transformers.T5EncoderModel",),
+            "tokenizer": _TOKENIZERS,
+            "tokenizer_2": _TOKENIZERS,
+            "tokenizer_3": ("transformers.T5TokenizerFast", "transformers.T5Tokenizer"),
+            "scheduler": ("diffusers.FlowMatchEulerDiscreteScheduler",),
+        },
+        optional=("text_encoder_3", "tokenizer_3"),
+        ignored=("feature_extractor", "image_encoder"),
+    )
+
+    def condition(self, prompt: str | int | None) -> Condition:
+        """Embeddings of all encoders in a row, and the pooled ones of both CLIPs."""
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            _text(prompt), None, None, device=self.device, do_classifier_free_guidance=False
+        )
+        return {"prompt_embeds": embeds.detach(), "pooled_embeds": pooled.detach()}
+
+    def negative(self, prompt: str) -> Condition:
+        """The negative prompt's embeddings; usually of the empty one."""
+        return self.condition(prompt)
+
+    @staticmethod
+    def evaluate(denoiser: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """See `LatentNetwork`."""
+        return denoiser(
+            hidden_states=latents,
+            timestep=timesteps,
+            encoder_hidden_states=condition["prompt_embeds"],
+            pooled_projections=condition["pooled_embeds"],
+        ).sample
+
+    @staticmethod
+    def blank_condition(config: Mapping[str, Any], rows: int) -> Condition:
+        """See `LatentNetwork`; T5 adds 256 tokens to CLIP's."""
+        return {
+            "prompt_embeds": torch.zeros(rows, _TOKENS + 256, config["joint_attention_dim"]),
+            "pooled_embeds": torch.zeros(rows, config["pooled_projection_dim"]),
+        }
+
+
+def _embeds(prompt_embeds: Tensor) -> Condition:
+    return {"prompt_embeds": prompt_embeds.detach()}
+
+
+def _text(prompt: str | int | None) -> str:
+    if not isinstance(prompt, str):
+        raise ValueError(f"the prompt {prompt!r} is no text; use prompt=caption or prompt=empty")
+    return prompt

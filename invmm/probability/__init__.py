@@ -1,0 +1,1 @@
+"""How probably the model, used normally, returns an image: counted, split, and certified."""

@@ -1,0 +1,169 @@
+"""Tiny pipelines of every family, with random weights and the real architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from worlds import LINEAR
+
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def tokenizer() -> Any:
+    """CLIP's, spelling words letter by letter."""
+    from transformers import CLIPTokenizer
+
+    tokens = ["<|startoftext|>", "<|endoftext|>", "<unk>"]
+    tokens += [letter + end for letter in LETTERS for end in ("", "</w>")]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=[],
+        unk_token="<unk>", model_max_length=77,
+    )  # fmt: skip
+
+
+def text_encoder(*, projected: bool, width: int = 16) -> Any:
+    """CLIP's, two layers."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=60, hidden_size=width, intermediate_size=32, projection_dim=width,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=77,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def autoencoder(channels: int = 4, **options: Any) -> Any:
+    """Two levels: one latent for 2x2 pixels."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8), latent_channels=channels, norm_num_groups=4, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=0.7, **options,
+    )  # fmt: skip
+
+
+def vq_autoencoder() -> Any:
+    """With a codebook of 32."""
+    from diffusers import VQModel
+
+    return VQModel(
+        block_out_channels=(8, 8), latent_channels=3, vq_embed_dim=3, num_vq_embeddings=32,
+        norm_num_groups=4, sample_size=16, scaling_factor=0.7,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+
+
+def ddim(prediction_type: str = "epsilon", **betas: Any) -> Any:
+    """Built as `Sampler` builds it."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        **(betas or LINEAR), prediction_type=prediction_type, clip_sample=False,
+        set_alpha_to_one=True, timestep_spacing="trailing",
+    )  # fmt: skip
+
+
+def ldm(first_stage: Any) -> Any:
+    from diffusers import LDMPipeline, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8, in_channels=first_stage.config.latent_channels,
+        out_channels=first_stage.config.latent_channels, block_out_channels=(8, 16),
+        layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    return LDMPipeline(vqvae=first_stage, unet=unet, scheduler=ddim())
+
+
+def dit() -> Any:
+    from diffusers import DiTPipeline, DiTTransformer2DModel
+
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
+        sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_num_groups=4,
+    )  # fmt: skip
+    return DiTPipeline(transformer=transformer, vae=autoencoder(), scheduler=ddim())
+
+
+def text_unet(**options: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(**{
+        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1,
+        "norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": 16,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), **options,
+    })  # fmt: skip
+
+
+def stable_diffusion(prediction_type: str = "epsilon", **betas: Any) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        vae=autoencoder(), text_encoder=text_encoder(projected=False), tokenizer=tokenizer(),
+        unet=text_unet(), scheduler=ddim(prediction_type, **{**SD_BETAS, **betas}),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def sdxl() -> Any:
+    from diffusers import StableDiffusionXLPipeline
+
+    unet = text_unet(
+        cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16, use_linear_projection=True,
+    )  # fmt: skip
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(), text_encoder=text_encoder(projected=False),
+        text_encoder_2=text_encoder(projected=True), tokenizer=tokenizer(), tokenizer_2=tokenizer(),
+        unet=unet, scheduler=ddim(**SD_BETAS), add_watermarker=False,
+    )  # fmt: skip
+
+
+def sd3() -> Any:
+    """Without T5, as it may be used."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
+        attention_head_dim=8, num_attention_heads=2, joint_attention_dim=32,
+        caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=8,
+    )  # fmt: skip
+    return StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=text_encoder(projected=True), tokenizer=tokenizer(),
+        text_encoder_2=text_encoder(projected=True), tokenizer_2=tokenizer(),
+        text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+
+
+def seeded(make: Callable[[], Any]) -> Any:
+    """The pipeline, its weights drawn from seed 0, silent."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = make()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+MAKERS: dict[str, Callable[[], Any]] = {
+    "ldm vq": lambda: ldm(vq_autoencoder()),
+    "ldm kl": lambda: ldm(autoencoder()),
+    "dit": dit,
+    "sd1 epsilon": stable_diffusion,
+    "sd2 v": lambda: stable_diffusion("v_prediction"),
+    "sd2 zero-snr": lambda: stable_diffusion("v_prediction", rescale_betas_zero_snr=True),
+    "sdxl": sdxl,
+    "sd3": sd3,
+}

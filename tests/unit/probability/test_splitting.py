@@ -1,0 +1,345 @@
+"""Splitting against events whose probability is known in closed form.
+
+The network returns its noise unchanged, and the similarity of an image is a known function of
+its height, so that "replicates" is a half-space, two half-spaces or a ball under N(0, I).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from scipy.stats import ncx2, norm
+from torch import Tensor
+from worlds import (
+    ConditionalNetwork,
+    Direction,
+    PixelWorld,
+    linear_schedule,
+    make_conditional_target,
+    make_setting,
+    make_target,
+)
+
+from invmm.diffusion.sampling import Sampler, draw
+from invmm.engine.engine import Engine
+from invmm.engine.outcomes import Evaluations, Outcome, Status
+from invmm.engine.protocols import Measurement, Setting
+from invmm.engine.requests import Sample
+from invmm.engine.settings import EngineSettings
+from invmm.engine.slots import Job
+from invmm.probability.splitting import Splitting
+
+
+class NoiseNetwork(PixelWorld):
+    """Predicts as clean latents what it is given: in one DDIM step, the sample is the noise."""
+
+    def __init__(self) -> None:
+        super().__init__(linear_schedule("sample"), (1, 4, 4))
+
+    def predict(self, latents: Tensor, timesteps: Tensor, condition: object) -> Tensor:
+        self.calls.append(len(latents))
+        return latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+class Dial:
+    """Embeds an image as a hand that turns from 180 to 0 degrees while its height rises."""
+
+    def __init__(self, height: Callable[[Tensor], Tensor]) -> None:
+        self.height = height
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        angle = math.pi * torch.sigmoid(-self.height(pixels.flatten(1)))
+        return torch.stack([angle.cos(), angle.sin()], 1)
+
+
+def at_height(height: float) -> float:
+    """The similarity to the target of an image of that height."""
+    return math.cos(math.pi / (1 + math.exp(height)))
+
+
+def along_diagonal(noise: Tensor) -> Tensor:
+    """N(0, 1) under the prior."""
+    return noise.sum(1) / math.sqrt(noise.shape[1])
+
+
+def either_way(noise: Tensor) -> Tensor:
+    return along_diagonal(noise).abs()
+
+
+def near_the_corner(noise: Tensor) -> Tensor:
+    """Minus the distance to (0.7, ..., 0.7)."""
+    return -(noise - 0.7).norm(dim=1)
+
+
+def measured(
+    height: Callable[[Tensor], Tensor],
+    edge: float,
+    *seeds: int,
+    sampler: dict[str, object] | None = None,
+    slots: int = 1,
+    **changes,
+) -> list[Outcome]:
+    """One outcome a seed, through the engine."""
+    network = NoiseNetwork()
+    options = {"num_inference_steps": 1, **(sampler or {})}
+    setting = make_setting(network, threshold=at_height(edge), **options)
+    target = replace(make_target(network), embedding=torch.tensor([1.0, 0.0]))
+    splitting = Splitting(**changes)
+
+    def job(seed: int) -> Job:
+        return Job(
+            str(seed), lambda: splitting(target, setting, torch.Generator().manual_seed(seed))
+        )
+
+    engine = Engine(
+        network, Dial(height), EngineSettings(slots=slots, rows_sample=256, rows_embed=256)
+    )
+    found = {job.key: outcome for job, outcome in engine.run(map(job, seeds))}
+    assert all(outcome.error is None for outcome in found.values())
+    return [found[str(seed)] for seed in seeds]
+
+
+def assert_close(outcome: Outcome, log_p: float) -> None:
+    columns = outcome.columns
+    inside = columns["log_p_low"] <= log_p <= columns["log_p_high"]
+    assert inside or abs(columns["log_p"] - log_p) < 0.7
+    assert abs(columns["log_p"] - log_p) < 1.5
+
+
+# Known probabilities ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edge", [1.0, 3.0, 4.5, 6.0])
+def test_a_half_space(edge):
+    for outcome in measured(along_diagonal, edge, 0, 1, 2):
+        assert outcome.status is Status.REPLICATED
+        assert_close(outcome, norm.logsf(edge))
+
+
+@pytest.mark.parametrize("edge", [2.0, 4.0])
+def test_two_half_spaces(edge):
+    for outcome in measured(either_way, edge, 0, 1, 2):
+        assert_close(outcome, math.log(2) + norm.logsf(edge))
+
+
+@pytest.mark.parametrize("radius", [2.5, 1.5])
+def test_a_ball(radius):
+    for outcome in measured(near_the_corner, -radius, 0, 1, 2):
+        assert_close(outcome, math.log(ncx2.cdf(radius**2, 16, 16 * 0.49)))
+
+
+def test_the_estimate_is_unbiased_and_its_interval_covers():
+    """If survivors' lowest similarity were the level, the mean would be a fifth too high."""
+    truth = norm.logsf(4.5)
+    outcomes = measured(along_diagonal, 4.5, *range(100))
+    ratios = torch.tensor([math.exp(o.columns["log_p"] - truth) for o in outcomes])
+    assert ratios.std().item() / math.sqrt(100) < 0.05
+    assert ratios.mean().item() == pytest.approx(1, abs=0.1)
+    assert sum(o.columns["log_p_low"] <= truth <= o.columns["log_p_high"] for o in outcomes) >= 95
+
+
+@pytest.mark.parametrize("repeats", [1, 4])
+def test_the_interval_covers_for_any_number_of_repeats(repeats):
+    truth = norm.logsf(4.5)
+    outcomes = measured(along_diagonal, 4.5, *range(60), repeats=repeats)
+    covered = [o.columns["log_p_low"] <= truth <= o.columns["log_p_high"] for o in outcomes]
+    assert sum(covered) >= 52
+
+
+def test_a_stochastic_sampler_is_split_over_its_noise_too():
+    options = {"num_inference_steps": 2, "eta": 0.3}
+    network, sampler = NoiseNetwork(), Sampler(**options)
+
+    def deviation(noise: Tensor) -> float:
+        seeds = [*range(len(noise))]
+        drawn = draw(
+            lambda latents, _: latents,
+            noise,
+            sampler=sampler,
+            seeds=seeds,
+            schedule=network.schedule,
+        )
+        return drawn.std().item()
+
+    shape = (500, 1, 8, 8)
+    of_seed = deviation(torch.zeros(shape))
+    of_both = deviation(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    assert 0.2 < of_seed / of_both < 0.9  # both of them matter
+    edge = 3.5 * of_both
+    for outcome in measured(along_diagonal, edge, 0, 1, 2, sampler=options):
+        assert_close(outcome, norm.logsf(3.5))
+
+
+# What is reported ---------------------------------------------------------------------------
+
+
+def test_the_outcome_says_what_was_found():
+    (outcome,) = measured(along_diagonal, 4.0, 0)
+    columns, levels = outcome.columns, outcome.curves["level"]
+    assert outcome.score_nats == -columns["log_p"]
+    assert outcome.score == pytest.approx(outcome.score_nats / 16)
+    assert columns["one_in"] == pytest.approx(math.exp(-columns["log_p"]), rel=5e-3)
+    assert len(f"{columns['one_in']:g}".strip("0")) <= 4
+    assert [*levels] == sorted({*levels})
+    assert levels[-1] == columns["highest_level"] == at_height(4.0)
+    assert columns["num_levels"] >= len(levels) == len(outcome.curves["acceptance"]) + 1
+    assert columns["num_reached"] == 2
+    assert 0.15 < columns["acceptance"] < 0.55  # adapted towards 0.35
+    heights = along_diagonal(outcome.samples.flatten(1))
+    assert heights.shape == (8,)
+    assert heights.min() >= 4.0
+    assert heights.tolist() == sorted(heights.tolist(), reverse=True)
+    assert outcome.best_similarity == pytest.approx(at_height(heights[0].item()), abs=1e-6)
+
+
+def test_a_common_image_is_counted():
+    (outcome,) = measured(along_diagonal, 0.0, 0)
+    rate = math.exp(outcome.columns["log_p"])
+    assert rate == pytest.approx(0.5, abs=0.1)
+    assert (rate * 256) == pytest.approx(round(rate * 256))
+    assert outcome.columns["acceptance"] is None
+    assert outcome.columns["num_levels"] == 1
+
+
+def test_what_the_model_always_returns_scores_zero():
+    (outcome,) = measured(along_diagonal, -20.0, 0)
+    assert outcome.score == outcome.score_nats == outcome.columns["log_p_high"] == 0
+    assert outcome.columns["log_p_low"] == pytest.approx(math.log(0.025) / 256)
+    assert outcome.columns["one_in"] == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_short_budget_gives_a_bound_above_the_truth(seed):
+    (outcome,) = measured(along_diagonal, 6.0, seed, max_levels=5)
+    assert outcome.status is Status.NOT_REPLICATED
+    assert outcome.score is None
+    columns = outcome.columns
+    assert (columns["log_p"], columns["log_p_low"], columns["one_in"]) == (None, None, None)
+    assert columns["log_p_high"] > norm.logsf(6.0) + 5
+    assert columns["log_p_high"] < 6 * math.log(0.25) + 1
+    # it is the probability of the highest level, which is known here
+    reached = along_diagonal(outcome.samples.flatten(1)).min().item()
+    assert at_height(reached) >= columns["highest_level"] > at_height(2.5)
+    assert columns["highest_level"] < at_height(6.0)
+
+
+# Ties ---------------------------------------------------------------------------------------
+
+
+def test_quantised_similarities_are_climbed():
+    def stairs(noise: Tensor) -> Tensor:
+        return along_diagonal(noise).floor()
+
+    for outcome in measured(stairs, 3.99, 0, 1, 2):  # between two steps
+        assert_close(outcome, norm.logsf(4.0))
+        assert outcome.columns["num_levels"] < 12
+
+
+def test_a_plateau_ends_censored():
+    (outcome,) = measured(lambda noise: 0 * noise[:, 0], 1.0, 0, max_levels=3)
+    assert outcome.status is Status.NOT_REPLICATED
+    assert outcome.columns["log_p_high"] == 0
+    assert outcome.columns["highest_level"] == -1
+    assert outcome.curves["acceptance"] == [1, 1, 1]
+
+
+# Reproducibility and cost -------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_result_in_any_company():
+    seeds = (0, 1, 2, 3, 4)
+    alone = measured(along_diagonal, 3.0, *seeds)
+    shared = measured(along_diagonal, 3.0, *seeds, slots=4)
+    for left, right in zip(alone, shared, strict=True):
+        assert left.columns == right.columns
+        assert left.curves == right.curves
+        assert left.evaluations == right.evaluations
+        assert torch.equal(left.samples, right.samples)
+    assert len({outcome.columns["log_p"] for outcome in alone}) > 1
+
+
+def test_cost_is_what_the_engine_counts():
+    sampler = {"num_inference_steps": 5}
+    splitting = Splitting(num_particles=20, max_levels=3, moves=2, repeats=3)
+    setting = make_setting(NoiseNetwork(), **sampler)
+    cost = splitting.cost(setting.sampler, setting.criterion)
+    assert cost.fewest == Evaluations(forward=300, sampler=300)
+    assert cost.most == Evaluations(forward=7 * 300, sampler=7 * 300)
+    options = {"num_particles": 20, "max_levels": 3, "moves": 2, "repeats": 3, "sampler": sampler}
+    (easy,) = measured(along_diagonal, -20.0, 0, **options)
+    assert easy.evaluations == cost.fewest
+    (hard,) = measured(along_diagonal, 20.0, 0, **options)
+    assert hard.evaluations == cost.most
+
+
+def test_repeats_that_have_arrived_cost_nothing_more():
+    for outcome in measured(along_diagonal, 3.0, 0, 1, 2, repeats=1):
+        rows = 128 * (1 + 3 * (outcome.columns["num_levels"] - 1))
+        assert outcome.evaluations.forward == rows
+    for outcome in measured(along_diagonal, 4.0, *range(6), repeats=4):
+        assert outcome.evaluations.forward <= 4 * 128 * (
+            1 + 3 * (outcome.columns["num_levels"] - 1)
+        )
+
+
+def test_it_is_a_measurement():
+    assert isinstance(Splitting(), Measurement)
+
+
+# Guidance and refusals ----------------------------------------------------------------------
+
+
+def test_guidance_and_prompt_reach_every_sample():
+    network = ConditionalNetwork()
+    setting = make_setting(network, guidance_scales=(3.0,), threshold=0.9)
+    target = make_conditional_target(network)
+    splitting = Splitting(num_particles=8, max_levels=1, moves=2, repeats=2)
+    seen: list[Sample] = []
+
+    async def watched() -> Outcome:
+        measurement = splitting(target, setting, torch.Generator().manual_seed(0))
+        answer = None
+        while True:
+            try:
+                request = measurement.send(answer)
+            except StopIteration as stop:
+                return stop.value
+            seen.extend([request] if isinstance(request, Sample) else [])
+            answer = await request
+
+    engine = Engine(network, Direction(), EngineSettings(slots=1, rows_sample=16))
+    ((_, outcome),) = engine.run([Job("it", watched)])
+    assert outcome.error is None
+    assert [len(request.noise) for request in seen] == [16] * 3
+    for request in seen:
+        assert request.guidance_scale == 3.0
+        assert torch.equal(request.condition["embeds"], target.rows(16)["embeds"])
+        assert torch.equal(request.negative["embeds"], target.negative_rows(16)["embeds"])
+    cost = splitting.cost(setting.sampler, setting.criterion)
+    assert outcome.evaluations == cost.most
+    assert cost.fewest.forward == 16 * 10 * 2
+
+
+def test_several_guidance_scales_are_refused():
+    network = NoiseNetwork()
+    setting: Setting = make_setting(network, guidance_scales=(1, 2.5))
+    message = r"sampler\.guidance_scales=\[1, 2.5\] .* use one, as sampler\.guidance_scales=\[1\]"
+    with pytest.raises(ValueError, match=message):
+        Splitting().cost(setting.sampler, setting.criterion)
+    measurement = Splitting()(make_target(network), setting, torch.Generator())
+    with pytest.raises(ValueError, match=message):
+        measurement.send(None)
+
+
+def test_a_level_that_keeps_nobody_is_refused():
+    message = r"splitting\.level_probability=0\.1 keeps none .* splitting\.num_particles=10"
+    with pytest.raises(ValueError, match=message):
+        Splitting(num_particles=9, level_probability=0.1)
+    assert Splitting(num_particles=10, level_probability=0.1)
