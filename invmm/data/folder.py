@@ -21,9 +21,9 @@ from invmm.data.manifest import TrainingManifest
 class ImageFolder:
     """Every image below a folder.
 
-    Captions come from `metadata.jsonl` (keys file_name and text or caption, optionally label, split
-    and copies) or from a text file beside the image. A training manifest, as `invmm-train` writes it
-    beside a model, tells split and copies by the content of the files.
+    Captions come from `metadata.jsonl` (keys file_name and text or caption, optionally label,
+    split and copies) or from a text file beside the image. A training manifest, as `invmm-train`
+    writes it beside a model, tells split and copies by the content of the files.
 
     Attributes:
         path: of the folder.

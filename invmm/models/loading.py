@@ -225,8 +225,9 @@ def _download(path: str, revision: str | None, variant: str | None, *, weights: 
 
     if not _HUB_ID.fullmatch(path):
         raise ValueError(f"model.path={path} is no folder here and no hub id (owner/name)")
-    patterns = ["*.json", "*/*.txt", "*/*.model"]  # the latter two belong to tokenizers
+    patterns = ["*.json"]
     if weights:
+        patterns += ["*/*.txt", "*/*.model"]  # of tokenizers
         patterns.append(f"*.{variant}.safetensors" if variant else "*.safetensors")
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))

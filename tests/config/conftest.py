@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pipelines
 import pytest
 import tiny
 
@@ -9,6 +10,20 @@ import tiny
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     return tiny.save_model(tmp_path_factory.mktemp("model") / "ddpm")
+
+
+@pytest.fixture(scope="session")
+def saved_pipeline(tmp_path_factory):
+    """(family) -> folder of a tiny pipeline, made once."""
+    folder = tmp_path_factory.mktemp("pipelines")
+
+    def saved(family):
+        path = folder / family.replace(" ", "-")
+        if not path.exists():
+            pipelines.seeded(pipelines.MAKERS[family]).save_pretrained(path)
+        return path
+
+    return saved
 
 
 @pytest.fixture(scope="session")

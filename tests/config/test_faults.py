@@ -38,7 +38,7 @@ def test_four_mistakes_are_listed_in_one_go(inputs, tmp_path):
     assert result.stderr.splitlines() == [
         "invmm: 4 faults",
         "  sampler=ddmi is not an option; did you mean ddpm? There are ddim, ddpm, dpmsolver, "
-        "euler, heun, unipc",
+        "euler, flow_euler, flow_heun, heun, unipc",
         "  sampler.eta=two is not possible: it should be a valid number",
         "  inversion.num_stepz=3 is not a key; did you mean num_steps?",
         "  seed=-1 is not possible: it should be greater than or equal to 0",
@@ -96,7 +96,8 @@ def test_unknown_keys_are_found_however_they_are_given(prefix, faults):
     (["run_dir=2024"],
      "run_dir=2024 is not possible: it should be a valid string; in quotes it is one: "
      "'run_dir=\"2024\"'"),
-    (["model=null"], "model=null is not an option; there are pixel, unet_cifar10, unet_tiny"),
+    (["model=null"], "model=null is not an option; there are auto, latent, pixel, "
+                     "unet_cifar10, unet_tiny"),
     (["experiment=dmo"], "experiment=dmo is not an option; did you mean demo? There are demo, "
                          "demo_model, paper_ddpm"),
     (["engine=3"], "engine=3 is not a group of settings; give engine.KEY=VALUE"),
@@ -143,7 +144,8 @@ def test_a_sweep_lists_the_faults_of_all_its_jobs(faults):
         "seed=x is not possible: it should be a valid integer   "
         "[job sampler=ddim seed=x inversion.num_stepz=1]",
         "sampler=nope is not an option; did you mean unipc? There are ddim, ddpm, dpmsolver, "
-        "euler, heun, unipc   [job sampler=nope seed=0 inversion.num_stepz=1]",
+        "euler, flow_euler, flow_heun, heun, unipc   "
+        "[job sampler=nope seed=0 inversion.num_stepz=1]",
     ]
 
 
@@ -214,3 +216,27 @@ def test_rows_are_a_number_or_auto(faults):
 def test_guidance_of_an_unconditional_model(faults):
     (line,) = faults("sampler.guidance_scales=[1,3]")
     assert "has no meaning for an unconditional model; use sampler.guidance_scales=[1]" in line
+
+
+def test_a_prompt_that_does_not_suit_the_model(faults, saved_pipeline, images, capsys):
+    def given(family):
+        return [f"model.path={saved_pipeline(family)}", "dataset=folder", f"dataset.path={images}"]
+
+    assert faults("prompt=caption") == [
+        "prompt=caption has no meaning for a pixel model; use prompt=none"
+    ]
+    folder = given("sd1 epsilon")
+    capsys.readouterr()
+    (line,) = faults(given=folder)
+    assert line.endswith("stable_diffusion model; use prompt=caption or prompt=empty")
+    (line,) = faults("sampler=flow_euler", "prompt=empty", given=given("sd1 epsilon"))
+    assert "cannot draw from a model trained on noise; use sampler=ddim" in line
+    folder = given("sd3")
+    capsys.readouterr()
+    (line,) = faults("prompt=empty", given=folder)
+    assert "cannot draw from a model trained on a rectified flow; use sampler=flow_euler" in line
+
+
+def test_options_of_another_family(faults):
+    (line,) = faults("model.lora=some.safetensors")
+    assert line.startswith("model.lora=some.safetensors has no meaning for a DDPMPipeline")

@@ -170,4 +170,7 @@ def test_unknown_flags_are_refused(flag, ran, capsys):
 
 def test_help_lists_the_options_of_each_group(ran, capsys):
     assert ran("--help")[0] == 0
-    assert "  sampler      ddim ddpm dpmsolver euler heun unipc" in capsys.readouterr().out
+    assert (
+        "  sampler      ddim ddpm dpmsolver euler flow_euler flow_heun heun unipc"
+        in capsys.readouterr().out
+    )

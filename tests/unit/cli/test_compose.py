@@ -18,10 +18,19 @@ def composed(*overrides: str, config_name: str = "measure"):
 
 def test_groups_are_the_folders_of_conf():
     found = groups()
-    assert found["sampler"] == ["ddim", "ddpm", "dpmsolver", "euler", "heun", "unipc"]
+    assert found["sampler"] == [
+        "ddim",
+        "ddpm",
+        "dpmsolver",
+        "euler",
+        "flow_euler",
+        "flow_heun",
+        "heun",
+        "unipc",
+    ]
     assert set(found) == {
-        "dataset", "experiment", "inversion", "logger", "measurement", "model", "replication",
-        "sampler", "trainer", "training",
+        "dataset", "experiment", "inversion", "logger", "measurement", "model", "prompt",
+        "replication", "sampler", "trainer", "training",
     }  # fmt: skip
 
 

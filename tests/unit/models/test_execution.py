@@ -19,6 +19,18 @@ def path(tmp_path_factory):
     return str(tiny.save_model(tmp_path_factory.mktemp("model") / "ddpm"))
 
 
+class Bare(MicroNetwork):
+    """A `LoadedNetwork` without a diffusers module."""
+
+    denoiser = torch.nn.Identity()
+
+    def condition(self, prompt):
+        return None
+
+    def negative(self, prompt):
+        return None
+
+
 def evaluate(path: str, execution: Execution):
     """Output and gradient of a fixed loss."""
     network = execution.prepare(PixelUNet(path=path).load(torch.device("cpu")))
@@ -61,7 +73,7 @@ def test_autocast_comes_out_in_float32_and_close(path, dtype):
 def test_small_gradients_survive_float16():
     """In float16 the smallest number is 6e-8; a tinier gradient vanishes unless it is scaled."""
 
-    class Chain(MicroNetwork):
+    class Chain(Bare):
         denoiser = torch.nn.Linear(3, 3, bias=False).requires_grad_(False)
 
         def predict(self, latents, timesteps, condition):
@@ -90,8 +102,5 @@ def test_compiled(path):
 
 
 def test_what_a_denoiser_cannot_do_is_refused():
-    class Bare(MicroNetwork):
-        denoiser = torch.nn.Identity()
-
     with pytest.raises(ValueError, match=r"execution\.gradient_checkpointing=true"):
         Execution(gradient_checkpointing=True).prepare(Bare())

@@ -199,4 +199,5 @@ def test_a_hub_id_is_described_from_json_and_loaded_from_safetensors(whole, monk
     assert info.latent_shape == (3, 8, 8)
     assert asked == [("someone/ddpm", "abc", ["*.json"])]
     recipe.load(CPU)
-    assert asked[1] == ("someone/ddpm", "abc", ["*.json", "*.safetensors"])
+    of_tokenizers = ["*/*.model", "*/*.txt"]
+    assert asked[1] == ("someone/ddpm", "abc", ["*.json", "*.safetensors", *of_tokenizers])
