@@ -9,7 +9,7 @@ import numpy as np
 
 from invmm.analysis.statistics import image_groups
 from invmm.analysis.style import COLOURS, LABELS, one_line, save_figure, style
-from invmm.results.collect import ranked
+from invmm.results.collect import has_score, is_censored, ranked
 from invmm.results.records import read_pictures
 
 if TYPE_CHECKING:
@@ -55,12 +55,12 @@ def gallery(run_dir: Path, frame: pd.DataFrame) -> Path:
 
 
 def score_histogram(run_dir: Path, frame: pd.DataFrame) -> Path:
-    """scores.png: scores by group, the unreplicated in a bar of their own at the right."""
+    """scores.png: scores by group, the censored in a bar of their own at the right."""
     import matplotlib.pyplot as plt
 
     groups = image_groups(frame)
-    replicated = frame.status == "REPLICATED"
-    scores = frame.score[replicated]
+    scored, censored_images = has_score(frame), is_censored(frame)
+    scores = frame.score[scored]
     edges = np.linspace(0, float(scores.max() if len(scores) else 1.0) or 1.0, 16)
     with style():
         figure, (axis, censored) = plt.subplots(
@@ -69,22 +69,23 @@ def score_histogram(run_dir: Path, frame: pd.DataFrame) -> Path:
         present = [group for group in COLOURS if (groups == group).any()]
         if present:
             axis.hist(
-                [frame.score[replicated & (groups == group)].to_numpy() for group in present],
+                [frame.score[scored & (groups == group)].to_numpy() for group in present],
                 bins=edges.tolist(),
                 stacked=True,
                 color=[COLOURS[group] for group in present],
                 label=[LABELS[group] for group in present],
             )
             axis.legend(frameon=False)
-        axis.set_xlabel("InvMM, nats per latent dimension (lower: more memorized)")
+        what = "-log p" if (frame.status == "ESTIMATED").any() else "InvMM"
+        axis.set_xlabel(f"{what}, nats per latent dimension (lower: more memorized)")
         axis.set_ylabel("images")
         axis.yaxis.get_major_locator().set_params(integer=True)
         bottom = 0
         for group in present:
-            count = int(((frame.status == "NOT_REPLICATED") & (groups == group)).sum())
+            count = int((censored_images & (groups == group)).sum())
             censored.bar([0], [count], bottom=bottom, color=COLOURS[group])
             bottom += count
-        censored.set_xticks([0], ["not replicated\nwithin the budget"])
+        censored.set_xticks([0], ["not found\nwithin the budget"])
         save_figure(figure, run_dir / "scores.png")
     return run_dir / "scores.png"
 
@@ -96,7 +97,9 @@ def _gallery_row(row: np.ndarray, run_dir: Path, record: pd.Series, group: str) 
     _frame(row[0], COLOURS[group])
     name = record.image_id if record.caption is None or record.isna().caption else record.caption
     status = record.status.lower().replace("_", " ")
-    score = f", score {record.score:.3f}" if record.status == "REPLICATED" else ""
+    score = "" if record.isna().score else f", score {record.score:.3f}"
+    if not record.isna().get("one_in", True):
+        score = f", one in {record.one_in:,.0f} draws"
     copies = "" if record.isna().copies else f", {record.copies}x in training"
     row[0].text(
         -0.15,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from invmm.results.collect import has_score
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -44,18 +46,18 @@ def proportion(count: int, total: int) -> Proportion:
 def memorization_order(frame: pd.DataFrame, *, tie_break: bool) -> np.ndarray:
     """A number per image that grows with memorization, for rank statistics.
 
-    Scores of images that were not replicated are censored, not infinite: they rank behind all
-    replicated ones, tied, or by their best similarity.
+    Images without a score are censored, not infinite: they rank behind all that have one, tied,
+    or by their best similarity.
 
     Args:
         frame: the score table.
-        tie_break: order the unreplicated by best similarity.
+        tie_break: order the censored by best similarity.
     """
-    replicated = (frame.status == "REPLICATED").to_numpy()
+    scored = has_score(frame).to_numpy()
     behind = frame.best_similarity.fillna(-1).to_numpy() if tie_break else np.zeros(len(frame))
     ranks = np.empty(len(frame))
-    ranks[replicated] = 2 - _standing(frame.score.to_numpy()[replicated])
-    ranks[~replicated] = _standing(behind[~replicated]) - 2
+    ranks[scored] = 2 - _standing(frame.score.to_numpy()[scored])
+    ranks[~scored] = _standing(behind[~scored]) - 2
     return ranks
 
 

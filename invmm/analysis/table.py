@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from invmm.analysis.statistics import (
     tpr_at_fpr,
 )
 from invmm.analysis.style import one_line
-from invmm.results.collect import ranked
+from invmm.results.collect import has_score, is_censored, ranked
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,14 +22,18 @@ if TYPE_CHECKING:
 MAX_ROWS = 40
 _NAME_WIDTH = 34
 _ERROR_WIDTH = 300
+_LARGEST_EXPONENT = 700.0  # of what a double can hold
 
 
 def table(frame: pd.DataFrame) -> str:
     """The most memorized images, one line each."""
+    with_probability = "one_in" in frame
     header = (
         f"{'image':{_NAME_WIDTH}} {'copies':>6} {'status':14} {'score':>7} {'nats':>8} "
         f"{'similarity':>10} {'steps':>6} {'evaluations':>11}"
     )
+    if with_probability:
+        header += "  one in ... draws (95 %)"
     lines = [header, "-" * len(header)]
     for _, row in ranked(frame).head(MAX_ROWS).iterrows():
         empty = row.isna()
@@ -38,6 +43,7 @@ def table(frame: pd.DataFrame) -> str:
             f"{row.status:14} {_number(row.score, 3):>7} {_number(row.score_nats, 1):>8} "
             f"{_number(row.best_similarity, 2):>10} {row.steps:>6} "
             f"{row.evaluations_forward + row.evaluations_backward:>11}"
+            + (f"  {_one_in(row)}" if with_probability else "")
         )
     if len(frame) > MAX_ROWS:
         lines.append(f"... and {len(frame) - MAX_ROWS} more in scores.csv")
@@ -47,15 +53,16 @@ def table(frame: pd.DataFrame) -> str:
 def summary(frame: pd.DataFrame) -> str:
     """Replicated images by group, false alarms, how well the groups separate, what failed."""
     groups = image_groups(frame)
-    measured = frame.status.isin(["REPLICATED", "NOT_REPLICATED"])
-    replicated = frame.status == "REPLICATED"
+    scored = has_score(frame)
+    measured = scored | is_censored(frame)
+    found = "p estimated for" if (frame.status == "ESTIMATED").any() else "replicated"
     lines = []
     for group in ("duplicated", "single", "held_out", "unknown"):
         mine = measured & (groups == group)
         if mine.any():
-            share = proportion(int((mine & replicated).sum()), int(mine.sum()))
+            share = proportion(int((mine & scored).sum()), int(mine.sum()))
             name = "held_out (false alarms)" if group == "held_out" else group
-            lines.append(f"{name}: replicated {share}")
+            lines.append(f"{name}: {found} {share}")
     for tie_break in (True, False):
         order = memorization_order(frame.loc[measured], tie_break=tie_break)
         of_measured = groups.loc[measured].to_numpy()
@@ -106,6 +113,17 @@ def accounting(processes: Sequence[Mapping[str, Any]], frame: pd.DataFrame) -> s
         f"the tail; {padding / max(rows, 1):.1%} of the rows computed were padding",
     ]
     return "\n".join(lines)
+
+
+def _one_in(row: pd.Series) -> str:
+    """The probability as draws for one replica, with its interval; or the bound of a censored."""
+    empty = row.isna()
+    if not empty.one_in:
+        few, many = math.exp(-row.log_p_high), math.exp(min(-row.log_p_low, _LARGEST_EXPONENT))
+        return f"{row.one_in:,.0f} ({few:,.0f} to {many:,.0f})"
+    if not empty.log_p_high:
+        return f"more than {math.exp(min(-row.log_p_high, _LARGEST_EXPONENT)):,.0f}"
+    return ""
 
 
 def _number(value: float, digits: int) -> str:

@@ -16,11 +16,25 @@ class Status(StrEnum):
     """A replicating noise distribution was found; the score is its divergence from the prior."""
     NOT_REPLICATED = "NOT_REPLICATED"
     """None was found within the budget: no score, the true one is censored, not infinite."""
+    ESTIMATED = "ESTIMATED"
+    """The replication probability was estimated; the score is -log p per latent dimension."""
+    CENSORED = "CENSORED"
+    """It lies below what the budget could resolve: no score, but an upper bound of p."""
     DIVERGED = "DIVERGED"
     """A loss or a sample stopped being finite; lower the learning rate or use fp32."""
     FAILED = "FAILED"
     """The image or the measurement raised an error; `error` holds it. A rerun with
     `retry_failed=true` tries again."""
+
+    @property
+    def has_score(self) -> bool:
+        """Whether a score was found."""
+        return self in (Status.REPLICATED, Status.ESTIMATED)
+
+    @property
+    def is_censored(self) -> bool:
+        """Whether the budget ended before one was."""
+        return self in (Status.NOT_REPLICATED, Status.CENSORED)
 
 
 class NonFiniteError(ArithmeticError):

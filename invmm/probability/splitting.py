@@ -78,9 +78,9 @@ class Splitting:
     def __post_init__(self) -> None:
         if self._num_kept < 1:
             raise ValueError(
-                f"splitting.level_probability={self.level_probability} keeps none of "
-                f"splitting.num_particles={self.num_particles}; use at least "
-                f"splitting.num_particles={math.ceil(1 / self.level_probability)}"
+                f"measurement.level_probability={self.level_probability} keeps none of "
+                f"measurement.num_particles={self.num_particles}; use at least "
+                f"measurement.num_particles={math.ceil(1 / self.level_probability)}"
             )
 
     async def __call__(self, target: Target, setting: Setting, rng: torch.Generator) -> Outcome:
@@ -205,7 +205,7 @@ def _outcome(populations: Sequence[Population], closest: _Closest, *, dimensions
 
 def _status(estimate: ProbabilityEstimate) -> Status:
     """An estimate proves that a sample replicates; without one, p is censored, not 0."""
-    return Status.NOT_REPLICATED if estimate.log_p is None else Status.REPLICATED
+    return Status.CENSORED if estimate.log_p is None else Status.ESTIMATED
 
 
 def _one_in(log_p: float | None) -> float | None:

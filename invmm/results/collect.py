@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from invmm.engine.outcomes import Status
 from invmm.files import write_atomically
 from invmm.results.records import read_records
 
@@ -68,13 +69,23 @@ def collect(run_dir: Path) -> pd.DataFrame:
     return frame
 
 
+def has_score(frame: pd.DataFrame) -> pd.Series:
+    """Images with a score: replicated, or their probability estimated."""
+    return frame.status.isin([status.value for status in Status if status.has_score])
+
+
+def is_censored(frame: pd.DataFrame) -> pd.Series:
+    """Images whose budget ended before a score was found."""
+    return frame.status.isin([status.value for status in Status if status.is_censored])
+
+
 def ranked(frame: pd.DataFrame) -> pd.DataFrame:
     """Most memorized first.
 
-    Replicated images by rising score, then those that were not replicated by falling best
-    similarity, then those without a result.
+    Images with a score by rising score, then censored ones by falling best similarity, then those
+    without a result.
     """
-    place = frame.status.map({"REPLICATED": 0, "NOT_REPLICATED": 1}).fillna(2)
+    place = 2 - 2 * has_score(frame) - is_censored(frame)
     order = frame.assign(_place=place, _similarity=-frame.best_similarity.fillna(-1))
     return order.sort_values(
         ["_place", "score", "_similarity", "image_id"], kind="stable", na_position="last"

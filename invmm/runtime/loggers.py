@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from invmm.files import write_atomically
+from invmm.results.collect import has_score
 from invmm.results.records import read_curves, read_records
 
 if TYPE_CHECKING:
@@ -126,8 +127,8 @@ class WandbLog:
                 run.log({**values, "optimiser_step": step})
             run.log({name: wandb.Image(picture) for name, picture in _pictures(run_dir)})
             run.summary["images"] = len(frame)
-            run.summary["replicated"] = int((frame.status == "REPLICATED").sum())
-            run.summary["score_median_of_replicated"] = float(frame.score.median())
+            run.summary["with_score"] = int(has_score(frame).sum())
+            run.summary["score_median_of_those"] = float(frame.score.median())
         finally:
             wandb.finish()
 

@@ -1,4 +1,4 @@
-"""The progress bar of a run: images done, replicated so far, time left."""
+"""The progress bar of a run: images done, with a score so far, time left."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def progress_bar(folder: RunFolder, entries: Sequence[ImageEntry]) -> Iterator[N
     finished = folder.follow_finished({entry.image_id for entry in entries})
     stop = threading.Event()
     bar = tqdm(total=len(entries), unit="image", desc="measuring", dynamic_ncols=True)
-    replicated = failed = 0
+    scored = failed = 0
 
     def look() -> None:
-        nonlocal replicated, failed
+        nonlocal scored, failed
         statuses = list(finished())
         for status in statuses:
-            replicated += status == Status.REPLICATED
+            scored += status.has_score
             failed += status in (Status.FAILED, Status.DIVERGED)
-        counts = {"replicated": replicated, **({"failed": failed} if failed else {})}
+        counts = {"with a score": scored, **({"failed": failed} if failed else {})}
         bar.set_postfix(counts, refresh=False)
         bar.n += len(statuses)
         if statuses or sys.stderr.isatty():  # a log file needs no ticking clock

@@ -136,7 +136,7 @@ def test_the_histogram_keeps_the_unreplicated_apart(run_dir, monkeypatch):
     assert sum(patch.get_height() for patch in scores.patches) == 2
     heights = [patch.get_height() for patch in censored.patches]
     assert sum(heights) == 3
-    assert censored.get_xticklabels()[0].get_text() == "not replicated\nwithin the budget"
+    assert censored.get_xticklabels()[0].get_text() == "not found\nwithin the budget"
 
 
 def test_nothing_measured_is_a_report_too(tmp_path):

@@ -119,7 +119,7 @@ def assert_close(outcome: Outcome, log_p: float) -> None:
 @pytest.mark.parametrize("edge", [1.0, 3.0, 4.5, 6.0])
 def test_a_half_space(edge):
     for outcome in measured(along_diagonal, edge, 0, 1, 2):
-        assert outcome.status is Status.REPLICATED
+        assert outcome.status is Status.ESTIMATED
         assert_close(outcome, norm.logsf(edge))
 
 
@@ -218,7 +218,7 @@ def test_what_the_model_always_returns_scores_zero():
 @pytest.mark.parametrize("seed", range(5))
 def test_a_short_budget_gives_a_bound_above_the_truth(seed):
     (outcome,) = measured(along_diagonal, 6.0, seed, max_levels=5)
-    assert outcome.status is Status.NOT_REPLICATED
+    assert outcome.status is Status.CENSORED
     assert outcome.score is None
     columns = outcome.columns
     assert (columns["log_p"], columns["log_p_low"], columns["one_in"]) == (None, None, None)
@@ -244,7 +244,7 @@ def test_quantised_similarities_are_climbed():
 
 def test_a_plateau_ends_censored():
     (outcome,) = measured(lambda noise: 0 * noise[:, 0], 1.0, 0, max_levels=3)
-    assert outcome.status is Status.NOT_REPLICATED
+    assert outcome.status is Status.CENSORED
     assert outcome.columns["log_p_high"] == 0
     assert outcome.columns["highest_level"] == -1
     assert outcome.curves["acceptance"] == [1, 1, 1]
@@ -339,7 +339,7 @@ def test_several_guidance_scales_are_refused():
 
 
 def test_a_level_that_keeps_nobody_is_refused():
-    message = r"splitting\.level_probability=0\.1 keeps none .* splitting\.num_particles=10"
+    message = r"measurement\.level_probability=0\.1 keeps none .* measurement\.num_particles=10"
     with pytest.raises(ValueError, match=message):
         Splitting(num_particles=9, level_probability=0.1)
     assert Splitting(num_particles=10, level_probability=0.1)

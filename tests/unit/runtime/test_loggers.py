@@ -110,8 +110,8 @@ def test_wandb_gets_one_table_curves_by_step_and_pictures(run_dir, fake_wandb):
     assert "loss/few" not in by_step[0]
     assert set(pictures) == {"gallery", "scores"}
     assert fake_wandb.run.summary["images"] == 6
-    assert fake_wandb.run.summary["replicated"] == 2
-    assert fake_wandb.run.summary["score_median_of_replicated"] == pytest.approx(0.635)
+    assert fake_wandb.run.summary["with_score"] == 2
+    assert fake_wandb.run.summary["score_median_of_those"] == pytest.approx(0.635)
     assert fake_wandb.finished == 1
 
 
