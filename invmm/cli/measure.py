@@ -40,31 +40,10 @@ def _dry_run(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
 def _execute(
     recipes: MeasureConfig, config: Mapping[str, Any], folder: Path, identity: Mapping[str, Any]
 ) -> int:
-    from invmm.files import json_digest
+    from invmm.cli.recipes import plan_of
     from invmm.runtime.measure import measure
-    from invmm.runtime.plan import MeasureRun, Shard
 
-    return measure(
-        MeasureRun(
-            measurement=recipes.measurement,
-            model=recipes.model,
-            dataset=recipes.dataset,
-            prompt=recipes.prompt,
-            sampler=recipes.sampler,
-            replication=recipes.replication,
-            execution=recipes.execution,
-            engine=recipes.engine,
-            trainer=recipes.trainer,
-            logger=recipes.logger,
-            seed=recipes.seed,
-            shard=Shard.parse(recipes.shard) if recipes.shard else None,
-            run_dir=folder,
-            retry_failed=recipes.retry_failed,
-            config=config,
-            identity=identity,
-            digest=json_digest(identity),
-        )
-    )
+    return measure(plan_of(recipes, folder=folder, config=config, identity=identity))
 
 
 COMMAND = Command(

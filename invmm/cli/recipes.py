@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Lt, MinLen
@@ -16,12 +17,13 @@ from invmm.diffusion.guidance import is_guided
 from invmm.diffusion.sampling import Sampler
 from invmm.engine.protocols import Measurement
 from invmm.engine.settings import EngineSettings
+from invmm.files import json_digest
 from invmm.models.adapter import ModelInfo, ModelRecipe
 from invmm.models.architectures import TrainableModel
 from invmm.models.execution import Execution
 from invmm.replication.replication import Replication
 from invmm.runtime.loggers import RunLog
-from invmm.runtime.plan import Shard
+from invmm.runtime.plan import MeasureRun, Shard
 from invmm.runtime.trainer import TrainerSettings
 from invmm.runtime.training import TrainingSettings
 
@@ -94,6 +96,43 @@ def check_measure(config: Mapping[str, Any], faults: list[str]) -> MeasureConfig
     return None if faults else recipes
 
 
+def plan_of(
+    recipes: MeasureConfig,
+    *,
+    folder: Path | None,
+    config: Mapping[str, Any],
+    identity: Mapping[str, Any],
+) -> MeasureRun:
+    """The run that checked recipes describe.
+
+    Args:
+        recipes: from `check_measure`.
+        folder: of the run; None gives it one of its own.
+        config: resolved, for the manifest.
+        identity: what the run folder belongs to.
+    """
+    digest = json_digest(identity)
+    return MeasureRun(
+        measurement=recipes.measurement,
+        model=recipes.model,
+        dataset=recipes.dataset,
+        prompt=recipes.prompt,
+        sampler=recipes.sampler,
+        replication=recipes.replication,
+        execution=recipes.execution,
+        engine=recipes.engine,
+        trainer=recipes.trainer,
+        logger=recipes.logger,
+        seed=recipes.seed,
+        shard=Shard.parse(recipes.shard) if recipes.shard else None,
+        run_dir=folder or Path(recipes.out) / digest,
+        retry_failed=recipes.retry_failed,
+        config=config,
+        identity=identity,
+        digest=digest,
+    )
+
+
 def check_train(config: Mapping[str, Any], faults: list[str]) -> TrainConfig | None:
     """Builds the recipes of `invmm-train` and lists every fault within and between them."""
     recipes = build(TrainConfig, config, "", faults)
@@ -116,7 +155,9 @@ def _check_between(config: Mapping[str, Any], faults: list[str]) -> None:
     info: ModelInfo | None = _collect(model.describe, faults) if model else None
     if info is None or model is None:
         return
-    _check_size((config.get("dataset") or {}).get("size"), info.image_size, faults)
+    dataset = config.get("dataset")
+    size = dataset.get("size") if isinstance(dataset, Mapping) else None
+    _check_size(size, info.image_size, faults)
     prompt: Prompt | None = _readable(Prompt, config.get("prompt"))
     if prompt is not None and prompt.kind not in info.prompts:
         cure = " or ".join(f"prompt={option}" for option in info.prompts)
@@ -156,6 +197,8 @@ def _check_size(dataset_size: Any, model_size: Any, faults: list[str]) -> None:
 
 def _readable(expected: Any, node: Any) -> Any:
     """The object of a node, faulty keys left at their defaults (they are listed elsewhere)."""
+    if isinstance(node, expected):
+        return node
     if not isinstance(node, Mapping):
         return None
     faults: list[str] = []

@@ -110,6 +110,8 @@ def _value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
         raise NotBuilt
     node = _node_type(hint)
     if node is not None:
+        if isinstance(value, node):  # built by whoever calls from Python
+            return value
         is_optional = type(None) in getattr(hint, "__args__", ())
         return None if value is None and is_optional else _build(node, value, path, faults)
     try:

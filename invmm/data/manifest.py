@@ -79,6 +79,6 @@ class TrainingManifest:
 
 
 def list_digest(entries: Iterable[ImageEntry]) -> str:
-    """SHA-256 of ids, splits and copies: cheap, since nothing is read."""
-    lines = sorted(f"{e.image_id}\t{e.split}\t{e.copies}" for e in entries)
+    """SHA-256 of ids, splits, copies, captions and labels: cheap, since no image is read."""
+    lines = sorted(f"{(e.image_id, e.split, e.copies, e.caption, e.label)}" for e in entries)
     return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()

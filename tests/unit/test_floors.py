@@ -52,7 +52,9 @@ def room(module: str) -> str | None:
 
 
 def floor(module: str) -> int:
-    """Of a module, by its room; -1 for what stands in the package itself."""
+    """Of a module, by its room; -1 for what stands in the package itself, but for its door."""
+    if module == "invmm":
+        return len(FLOORS)
     name = room(module)
     found = [level for level, rooms in enumerate(FLOORS) if name in rooms]
     return found[0] if found else -1

@@ -1,0 +1,111 @@
+"""Measuring from Python: a pipeline in memory, the same code path as the command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from invmm.cli.compose import compose_job, identity_of
+from invmm.cli.recipes import check_measure, plan_of
+from invmm.data.folder import ImageFolder
+from invmm.data.memory import MemoryImages
+from invmm.models.borrowed import BorrowedModel
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+_CHANGES_THE_PIPELINE = (
+    "execution.compile",
+    "execution.channels_last",
+    "execution.gradient_checkpointing",
+)
+
+
+def measure(
+    pipeline: Any,
+    images: Any,
+    *overrides: str,
+    prompts: Any = None,
+    run_dir: str | Path | None = None,
+) -> pd.DataFrame:
+    """Measures how strongly a model in memory has memorized images.
+
+    In a notebook or a training script; the pipeline is given back as it was, in the same mode and
+    with the same weights trainable.
+
+    Args:
+        pipeline: a diffusers pipeline of a supported family, on its device.
+        images: a folder, a list of Pillow images or paths, or a mapping by id.
+        overrides: as on the command line, such as "inversion.num_steps=200",
+            "measurement=probability" or "prompt=caption".
+        prompts: captions or class labels in the shape of images; a folder brings its own.
+        run_dir: where records and pictures go; by default a folder of its own in results/runs.
+            The same call again goes on where it stopped.
+
+    Returns:
+        The score table, one row an image.
+
+    Raises:
+        ValueError: faults in the overrides (all of them), the images or the model.
+        RuntimeError: images are missing, since a record could not be written.
+        KeyboardInterrupt: interrupted; the same call goes on.
+    """
+    import pandas as pd
+
+    from invmm.runtime.measure import measure as run_measure
+
+    model = BorrowedModel(pipeline)
+    dataset = _dataset(images, prompts)
+    _refuse_taken(overrides)
+    accelerator = "cpu" if model.device.type == "cpu" else "gpu"
+    faults: list[str] = []
+    plain = compose_job(
+        "measure",
+        ["model.path=memory", f"trainer.accelerator={accelerator}", *overrides],
+        faults,
+    )
+    recipes = None
+    if plain:
+        given = {**plain, "model": model, "dataset": dataset}
+        recipes = check_measure(given, faults)
+    if faults or recipes is None:
+        raise ValueError("\n".join(faults))
+    if recipes.trainer.devices > 1:
+        raise ValueError("trainer.devices must be 1: a pipeline in memory lives in one process")
+    with model.as_it_was():
+        config = {**plain, "model": model.fingerprint(), "dataset": _described(dataset)}
+        identity = identity_of(config)
+        folder = Path(run_dir) if run_dir else None
+        plan = plan_of(recipes, folder=folder, config=config, identity=identity)
+        code = run_measure(plan)
+    if code > 128:
+        raise KeyboardInterrupt
+    if code:
+        raise RuntimeError(f"images are missing in {plan.run_dir}; call again to go on")
+    return pd.read_parquet(plan.run_dir / "scores.parquet")
+
+
+def _refuse_taken(overrides: Sequence[str]) -> None:
+    """Keys that the arguments give, or that would change the pipeline for good."""
+    for text in overrides:
+        key = text.lstrip("+").partition("=")[0]
+        if key.partition(".")[0] in ("model", "dataset", "run_dir", "dry_run", "shard"):
+            raise ValueError(f"{text} is not for Python: it comes from the arguments")
+        if key in _CHANGES_THE_PIPELINE:
+            raise ValueError(f"{text} would change the pipeline for good; prepare it beforehand")
+
+
+def _dataset(images: Any, prompts: Any) -> ImageFolder | MemoryImages:
+    if isinstance(images, (str, Path)):
+        if prompts is not None:
+            raise ValueError("prompts is for images in memory; a folder has metadata.jsonl")
+        return ImageFolder(path=str(images))
+    return MemoryImages.of(images, prompts)
+
+
+def _described(dataset: ImageFolder | MemoryImages) -> Any:
+    if isinstance(dataset, ImageFolder):
+        return {"path": dataset.path}
+    return {"images": dataset.fingerprint(), "prompts": dict(dataset.prompts)}

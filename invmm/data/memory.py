@@ -1,0 +1,119 @@
+"""Images in memory, for whoever calls from Python."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from invmm.data.dataset import ImageEntry, ImageError, LoadedImage
+from invmm.data.images import Resize, load_image, read_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryImages:
+    """Pictures by id.
+
+    Attributes:
+        images: id -> a Pillow image or the path of a file.
+        prompts: id -> caption or class label; may lack some or all.
+        resize: what happens to images that are not square.
+    """
+
+    images: Mapping[str, Image.Image | str | Path]
+    prompts: Mapping[str, str | int]
+    resize: Resize = "crop"
+
+    @classmethod
+    def of(cls, images: Any, prompts: Any = None) -> MemoryImages:
+        """From a mapping by id, or a sequence whose ids are 0, 1, ...
+
+        Args:
+            images: Pillow images or paths.
+            prompts: captions or class labels in the same shape, or None.
+
+        Raises:
+            ValueError: nothing to measure, something else than images, or prompts that do not fit.
+        """
+        named = _by_id(images, "images")
+        told = {} if prompts is None else _by_id(prompts, "prompts")
+        if not named:
+            raise ValueError("images is empty; give at least one")
+        for key, image in named.items():
+            if not isinstance(image, (Image.Image, str, Path)):
+                raise ValueError(
+                    f"images[{key!r}] is a {type(image).__name__}; give a PIL image or a path"
+                )
+        if unknown := sorted(told.keys() - named.keys()):
+            raise ValueError(f"prompts has {unknown[0]!r}, which is none of the images")
+        for key, prompt in told.items():
+            if not isinstance(prompt, (str, int)):
+                raise ValueError(f"prompts[{key!r}]={prompt!r} is neither a caption nor a label")
+        return cls(images=named, prompts=told)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Id -> SHA-256 of the picture, or its path."""
+        return {
+            key: hashlib.sha256(f"{i.mode} {i.size}".encode() + i.tobytes()).hexdigest()
+            if isinstance(i, Image.Image)
+            else str(i)
+            for key, i in self.images.items()
+        }
+
+    def open(self, size: int) -> OpenMemoryImages:
+        """See `DatasetRecipe`."""
+        entries = []
+        for key, image in self.images.items():
+            prompt = self.prompts.get(key)
+            entries.append(
+                ImageEntry(
+                    image_id=key,
+                    path="in memory" if isinstance(image, Image.Image) else str(image),
+                    caption=prompt if isinstance(prompt, str) else None,
+                    label=prompt if isinstance(prompt, int) else None,
+                )
+            )
+        return OpenMemoryImages(recipe=self, entries=entries, size=size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenMemoryImages:
+    """See `ImageDataset`."""
+
+    recipe: MemoryImages
+    entries: Sequence[ImageEntry]
+    size: int
+    problems: Sequence[str] = ()
+    source: str = "images in memory"
+
+    def load(self, entry: ImageEntry) -> LoadedImage:
+        """See `ImageDataset`."""
+        image = self.recipe.images[entry.image_id]
+        if isinstance(image, Image.Image):
+            buffer = io.BytesIO()
+            try:
+                image.save(buffer, "PNG")
+            except (OSError, ValueError) as error:
+                raise ImageError(f"the image cannot be read: {error}") from error
+            content = buffer.getvalue()
+        else:
+            content = read_bytes(Path(image))
+        return load_image(content, size=self.size, resize=self.recipe.resize)
+
+    def training_entries(self) -> Sequence[ImageEntry]:
+        """See `ImageDataset`; nothing is known of a training set."""
+        return self.entries
+
+
+def _by_id(values: Any, name: str) -> dict[str, Any]:
+    if isinstance(values, Mapping):
+        return {str(key): value for key, value in values.items()}
+    if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
+        width = len(str(max(len(values) - 1, 0)))
+        return {f"{index:0{width}}": value for index, value in enumerate(values)}
+    raise ValueError(f"{name} is a {type(values).__name__}; give a mapping by id or a list")

@@ -1,0 +1,125 @@
+"""A pipeline that somebody holds in memory, measured and given back as it was."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from invmm.diffusion.schedule import NoiseSchedule
+from invmm.models.adapter import ModelInfo
+from invmm.models.cost import CallCost, call_cost
+from invmm.models.execution import Execution, LoadedNetwork
+from invmm.models.loading import PIPELINES as PIXEL_PIPELINES
+from invmm.models.pipeline import PIPELINES as LATENT_PIPELINES
+from invmm.models.pixel import PixelNetwork
+
+
+@dataclass(frozen=True, eq=False)
+class BorrowedModel:
+    """A diffusers pipeline object, see `ModelRecipe`.
+
+    Attributes:
+        pipeline: of any supported family.
+
+    Raises:
+        ValueError: not of a supported family.
+    """
+
+    pipeline: Any
+
+    def __post_init__(self) -> None:
+        known = (*PIXEL_PIPELINES, *LATENT_PIPELINES)
+        if (name := type(self.pipeline).__name__) not in known:
+            raise ValueError(f"a {name} is not supported; give one of {', '.join(known)}")
+
+    @contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """Puts back what measuring changes: which weights are trained, and the mode of modules."""
+        modules = [module for part in self._parts().values() for module in part.modules()]
+        modes = [(module, module.training) for module in modules]
+        trained = [(p, p.requires_grad) for module in modules for p in module.parameters(False)]
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
+
+    def describe(self) -> ModelInfo:
+        """See `ModelRecipe`."""
+        with self.as_it_was():
+            network: Any = self.load(self.device)
+        name = type(self.pipeline).__name__
+        if name in LATENT_PIPELINES:
+            family, prompts = network.family.name, network.family.prompts
+            size = network.image_size
+        else:
+            family, size = "pixel", network.latent_shape[1]
+            has_classes = network.denoiser.config.num_class_embeds
+            prompts = ("class_label",) if has_classes else ("none",)
+        return ModelInfo(
+            family=family,
+            latent_shape=network.latent_shape,
+            image_size=size,
+            num_train_timesteps=network.schedule.num_train_timesteps,
+            prediction_type=network.schedule.prediction_type,
+            weight_bytes=sum(
+                value.numel() * value.element_size()
+                for part in self._parts().values()
+                for value in part.parameters()
+            ),
+            prompts=prompts,
+        )
+
+    def schedule(self) -> NoiseSchedule:
+        """See `ModelRecipe`."""
+        return NoiseSchedule.from_config(self.pipeline.scheduler.config)
+
+    def call_cost(self, rows: int, execution: Execution) -> CallCost:
+        """See `ModelRecipe`; runs a real call."""
+        with self.as_it_was():
+            network = self.load(self.device)
+            latents = torch.zeros(rows, *network.latent_shape, device=self.device)
+            latents.requires_grad_()
+            timesteps = torch.zeros(rows, dtype=torch.long, device=self.device)
+            blank = getattr(network, "blank_condition", lambda config, rows: None)
+            condition = blank(network.denoiser.config, rows)
+            return execution.cost(
+                call_cost(network.denoiser, lambda: network.predict(latents, timesteps, condition))
+            )
+
+    def load(self, device: torch.device) -> LoadedNetwork:
+        """See `ModelRecipe`; the pipeline stays on its own device."""
+        network = LATENT_PIPELINES.get(type(self.pipeline).__name__)
+        if network is None:
+            return PixelNetwork.from_pipeline(self.pipeline)
+        return network(self.pipeline, self.device)
+
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of the weights of each part, as they are now."""
+        found = {}
+        for name, part in self._parts().items():
+            digest = hashlib.sha256()
+            for key, value in sorted(part.state_dict().items()):
+                content = value.detach().cpu().contiguous()
+                digest.update(f"{key} {content.dtype} {tuple(content.shape)}".encode())
+                digest.update(content.reshape(-1).view(torch.uint8).numpy().tobytes())
+            found[name] = digest.hexdigest()
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        part = getattr(self.pipeline, "unet", None) or self.pipeline.transformer
+        return part.device
+
+    def _parts(self) -> dict[str, nn.Module]:
+        components = self.pipeline.components.items()
+        return {name: part for name, part in components if isinstance(part, nn.Module)}
