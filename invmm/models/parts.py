@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 AUTOENCODERS = ("diffusers.VQModel", "diffusers.AutoencoderKL")
 SCHEDULERS = tuple(
     f"diffusers.{name}"
@@ -87,6 +89,21 @@ class Family:
         return found
 
 
+def part_class(class_name: str) -> Any:
+    """The class "library.Name" of a family's table.
+
+    Raises:
+        ValueError: the library is not installed.
+    """
+    library, _, own_name = class_name.partition(".")
+    try:
+        return getattr(importlib.import_module(library), own_name)
+    except ImportError:
+        raise ValueError(
+            f"{class_name} needs the package {library}; install it by `pip install 'invmm[text]'`"
+        ) from None
+
+
 def load_part(folder: Path, name: str, class_name: str, *, variant: str | None, dtype: Any) -> Any:
     """One part on the CPU, every weight in its place.
 
@@ -100,10 +117,10 @@ def load_part(folder: Path, name: str, class_name: str, *, variant: str | None, 
     Raises:
         ValueError: it cannot be loaded, or weights are missing, unexpected or of another shape.
     """
-    library, _, own_name = class_name.partition(".")
-    found = getattr(importlib.import_module(library), own_name)
+    found = part_class(class_name)
+    library = class_name.partition(".")[0]
     options: dict[str, Any] = {"local_files_only": True}
-    has_weights = issubclass(found, _modules())
+    has_weights = issubclass(found, torch.nn.Module)
     if has_weights:
         options |= {"variant": variant, "use_safetensors": True, "output_loading_info": True}
         options["torch_dtype" if library == "diffusers" else "dtype"] = dtype
@@ -138,10 +155,3 @@ def weight_files(folder: Path, name: str, variant: str | None) -> list[Path]:
     suffix = f".{variant}.safetensors" if variant else ".safetensors"
     files = sorted((folder / name).glob(f"*{suffix}"))
     return [file for file in files if variant or file.name.count(".") == 1]
-
-
-def _modules() -> tuple[type, ...]:
-    from diffusers import ModelMixin
-    from transformers import PreTrainedModel
-
-    return ModelMixin, PreTrainedModel

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from invmm.models.cost import CallCost, call_cost
 from invmm.models.execution import Execution
 from invmm.models.latent import Dit, LatentDiffusion, LatentNetwork, latent_shape
 from invmm.models.loading import fetched, read_json
-from invmm.models.parts import Family, load_part, weight_files
+from invmm.models.parts import load_part, part_class, weight_files
 from invmm.models.stable_diffusion import StableDiffusion, StableDiffusion3, StableDiffusionXL
 
 NETWORKS: tuple[type[LatentNetwork], ...] = (
@@ -88,7 +87,7 @@ class LatentPipeline:
         family = folder.network.family
         config = folder.config(family.denoiser)
         with torch.device("meta"):
-            denoiser = _class(folder.classes[family.denoiser]).from_config(dict(config))
+            denoiser = part_class(folder.classes[family.denoiser]).from_config(dict(config))
             denoiser.requires_grad_(False)
             execution.configure(denoiser)
             latents = torch.empty(rows, *latent_shape(config), requires_grad=True)
@@ -113,7 +112,7 @@ class LatentPipeline:
         }
         absent = {name: None for name in (*family.optional, *family.ignored)}
         settings = {name: folder.index[name] for name in family.settings if name in folder.index}
-        pipeline = _class(f"diffusers.{folder.pipeline}")(**{**absent, **settings, **parts})
+        pipeline = part_class(f"diffusers.{folder.pipeline}")(**{**absent, **settings, **parts})
         if self.lora is not None:
             _add_lora(pipeline, self.lora)
         network = folder.network(pipeline, device, self.posterior)
@@ -208,14 +207,6 @@ def _schedule(path: str, config: Mapping[str, Any]) -> NoiseSchedule:
         raise ValueError(f"the noise schedule of model.path={path} is unusable: {error}") from error
 
 
-@lru_cache(maxsize=32)
-def _class(class_name: str) -> Any:
-    import importlib
-
-    library, _, name = class_name.partition(".")
-    return getattr(importlib.import_module(library), name)
-
-
 def _add_lora(pipeline: Any, path: str) -> None:
     """Loads LoRA weights, every one of which must find its place.
 
@@ -245,6 +236,3 @@ def _num_adapters(pipeline: Any) -> int:
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     names = [name for module in modules for name, _ in module.named_parameters()]
     return sum(".lora_" in name for name in names)
-
-
-__all__ = ["NETWORKS", "PIPELINES", "Family", "LatentPipeline", "PipelineFolder", "open_pipeline"]
