@@ -146,9 +146,9 @@ def _permissive(override: str, known: Mapping[str, list[str]]) -> str:
 
 
 def _with_package(fault: str) -> str:
-    """Names what to install where a launcher is missing."""
-    for plugin, extra in (("submitit", "slurm"), ("launcher/ray", "ray")):
-        if f"Could not find 'hydra/{plugin}" in fault or f"launcher/{plugin}" in fault:
+    """Names what to install where a launcher's plugin is missing."""
+    for plugin, extra in (("slurm", "slurm"), ("submitit", "slurm"), ("ray", "ray")):
+        if "Could not find" in fault and f"hydra/launcher/{plugin}" in fault:
             return f"{fault}; pip install 'invmm[{extra}]'"
     return fault
 

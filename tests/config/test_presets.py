@@ -7,6 +7,8 @@ from importlib.resources import files
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
 
 from invmm.cli import measure, threshold, train
 from invmm.cli.compose import compose_job, groups
@@ -187,3 +189,45 @@ def test_a_dry_run_of_a_sweep_shows_every_job(inputs, capsys):
     assert measure.COMMAND.run(["--multirun", *overrides, "dry_run=true"]) == 0
     digests = re.findall(r"^config digest: (\w{12})$", capsys.readouterr().out, re.MULTILINE)
     assert len(set(digests)) == 4
+
+
+LAUNCHERS = {
+    "slurm": ("hydra_plugins.hydra_submitit_launcher", "SlurmLauncher", "slurm"),
+    "ray_local": ("hydra_plugins.hydra_ray_launcher", "RayLauncher", "ray"),
+    "ray_cluster": ("hydra_plugins.hydra_ray_launcher", "RayLauncher", "ray"),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_launcher_composes_and_opens_with_its_command(name, inputs):
+    plugin, class_name, _ = LAUNCHERS[name]
+    pytest.importorskip(plugin)
+    with initialize_config_module("invmm.conf", version_base="1.3"):
+        overrides = [*inputs, f"hydra/launcher={name}", "shard=0/2"]
+        config = compose("measure", overrides, return_hydra_config=True)
+    assert config.hydra.launcher._target_.endswith(class_name)
+    first = (CONF / "hydra" / "launcher" / f"{name}.yaml").read_text().splitlines()[0]
+    assert f"hydra/launcher={name}" in first
+    assert "shard=0/" in first
+
+
+def test_a_slurm_job_is_one_task_that_starts_its_devices_itself(inputs):
+    pytest.importorskip(LAUNCHERS["slurm"][0])
+    with initialize_config_module("invmm.conf", version_base="1.3"):
+        overrides = [*inputs, "hydra/launcher=slurm", "hydra.launcher.gpus_per_node=4"]
+        launcher = compose("measure", overrides, return_hydra_config=True).hydra.launcher
+    assert (launcher.nodes, launcher.tasks_per_node, launcher.gpus_per_node) == (1, 1, 4)
+    assert launcher.max_num_timeout == 10
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_missing_launcher_names_what_to_install(name, inputs, capsys, monkeypatch):
+    _, _, extra = LAUNCHERS[name]
+    monkeypatch.setattr(
+        "invmm.cli.compose.compose",
+        lambda *arguments: (_ for _ in ()).throw(
+            HydraException(f"In 'hydra/launcher/{name}': Could not find 'hydra/launcher/{extra}'")
+        ),
+    )
+    assert measure.COMMAND.run([*inputs, f"hydra/launcher={name}"]) == 2
+    assert f"pip install 'invmm[{extra}]'" in capsys.readouterr().err
