@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invmm.analysis.statistics import (
@@ -15,6 +16,7 @@ from invmm.analysis.statistics import (
 )
 from invmm.analysis.style import one_line
 from invmm.results.collect import has_score, is_censored, ranked
+from invmm.results.records import read_replicas
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,6 +82,26 @@ def summary(frame: pd.DataFrame) -> str:
         lines.append(f"{row.status} {name}: {error}")
     if len(unmeasured) > MAX_ROWS:
         lines.append(f"... and {len(unmeasured) - MAX_ROWS} more without a result in scores.csv")
+    return "\n".join(lines)
+
+
+def replicating_share(run_dir: Path, frame: pd.DataFrame) -> str:
+    """Free samples that replicate any image of a group; "" if none were counted."""
+    if "num_free_samples" not in frame or frame.num_free_samples.isna().all():
+        return ""
+    total = int(frame.num_free_samples.max())
+    lines = []
+    groups = image_groups(frame).replace({"duplicated": "training", "single": "training"})
+    for group in ("training", "held_out", "unknown"):
+        mine = frame[(groups == group) & frame.num_free_samples.notna()]
+        if len(mine):
+            found = {
+                int(index)
+                for _, record in mine.iterrows()
+                for index in read_replicas(run_dir, record.to_dict())
+            }
+            share = proportion(len(found), total)
+            lines.append(f"free samples that replicate any {group} image: {share}")
     return "\n".join(lines)
 
 

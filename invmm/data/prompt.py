@@ -41,6 +41,11 @@ class Prompt:
                 f"prompt.negative has no meaning for prompt={self.kind}; use prompt=caption"
             )
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether all images have the same one."""
+        return self.kind in ("none", "empty") or self.label is not None
+
     def of(self, entry: ImageEntry) -> str | int | None:
         """The text or label of an image; None if there is none to give.
 

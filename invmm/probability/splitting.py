@@ -86,7 +86,7 @@ class Splitting:
     async def __call__(self, target: Target, setting: Setting, rng: torch.Generator) -> Outcome:
         """Runs all repeats side by side; see `Measurement`."""
         size, sampler = self.num_particles, setting.sampler
-        closest = _Closest(target, setting, _only_guidance_scale(sampler))
+        closest = _Closest(target, setting, only_guidance_scale(sampler))
         free = Draws.from_prior(self.repeats * size, target.latents.shape[1:], sampler, rng)
         similarities = await closest.see(free)
         populations = [
@@ -114,7 +114,7 @@ class Splitting:
 
     def cost(self, sampler: Sampler, criterion: ReplicationCriterion) -> CostRange:
         """See `Measurement`; fewest: the first level suffices."""
-        of_sample = sampler.evaluations_at(_only_guidance_scale(sampler))
+        of_sample = sampler.evaluations_at(only_guidance_scale(sampler))
         first = self.repeats * self.num_particles * of_sample
         most = (1 + self.max_levels * self.moves) * first
         return CostRange(
@@ -194,7 +194,7 @@ def _outcome(populations: Sequence[Population], closest: _Closest, *, dimensions
             "log_p": estimate.log_p,
             "log_p_low": estimate.log_p_low,
             "log_p_high": estimate.log_p_high,
-            "one_in": _one_in(estimate.log_p),
+            "one_in": one_in(estimate.log_p),
             "num_levels": max(len(population.levels) for population in populations),
             "num_reached": estimate.num_reached,
             "highest_level": max(-1.0, *(population.levels[-1] for population in populations)),
@@ -208,7 +208,7 @@ def _status(estimate: ProbabilityEstimate) -> Status:
     return Status.CENSORED if estimate.log_p is None else Status.ESTIMATED
 
 
-def _one_in(log_p: float | None) -> float | None:
+def one_in(log_p: float | None) -> float | None:
     """1 / p to three digits; None where it is unknown or beyond double precision."""
     try:
         return None if log_p is None else float(f"{math.exp(-log_p):.3g}")
@@ -216,7 +216,7 @@ def _one_in(log_p: float | None) -> float | None:
         return None
 
 
-def _only_guidance_scale(sampler: Sampler) -> float:
+def only_guidance_scale(sampler: Sampler) -> float:
     """The probability is that of one way to use the model.
 
     Raises:

@@ -96,6 +96,14 @@ def read_curves(run_dir: Path, record: Mapping[str, Any]) -> dict[str, np.ndarra
     }
 
 
+def read_replicas(run_dir: Path, record: Mapping[str, Any]) -> np.ndarray:
+    """Indices of the free samples that replicate an image; empty if none were counted."""
+    from safetensors.numpy import load_file
+
+    path = run_dir / "records" / record["folder"] / "arrays.safetensors"
+    return load_file(path).get("replicas", np.empty(0, np.int64))
+
+
 def read_pictures(run_dir: Path, record: Mapping[str, Any]) -> list[np.ndarray]:
     """The target and its closest samples, (H, W, 3) uint8 each; empty if it never loaded."""
     place = run_dir / "records" / record["folder"]

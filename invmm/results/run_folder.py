@@ -4,6 +4,7 @@ run_dir/manifest.json            what was run, on what
 run_dir/records/KEY/record.json  one folder an image; its record is written last
 run_dir/finished.log             one line a record, in the order they were finished
 run_dir/processes.jsonl          how each process that came to its end spent its time
+run_dir/free_samples/            embeddings of a bank of free samples, one file a block
 run_dir/locks/                   held by processes at work; the kernel frees them when one dies
 """
 
@@ -96,12 +97,19 @@ class RunFolder:
 
     def claim(self, image_id: str) -> Claim | None:
         """Takes an image for this process; None if another has it or it is done."""
+        return self._claim(record_key(image_id), lambda: self.status_of(image_id) is not None)
+
+    def claim_file(self, file: Path) -> Claim | None:
+        """Takes a file of the folder to be made; None if another process does or it is there."""
+        return self._claim(record_key(str(file.relative_to(self.path))), file.exists)
+
+    def _claim(self, name: str, is_done: Callable[[], bool]) -> Claim | None:
         locks = self.path / "locks"
         locks.mkdir(exist_ok=True)
-        file = _lock(locks / f"{record_key(image_id)}.lock")
+        file = _lock(locks / f"{name}.lock")
         if file is None:
             return None
-        if self.status_of(image_id) is not None:
+        if is_done():
             file.close()
             return None
         return Claim(file)

@@ -20,8 +20,10 @@ from invmm.engine.requests import Denoise
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
 from invmm.files import json_digest
+from invmm.probability.free_sampling import FreeSampling, SharedFreeSampling
 from invmm.results.records import write_record
 from invmm.results.run_folder import Claim, RunFolder
+from invmm.runtime.bank import draw_bank
 from invmm.runtime.plan import MeasureRun
 from invmm.runtime.processes import peak_memory_bytes
 
@@ -61,6 +63,7 @@ class Worker:
         self.setting = Setting(
             schedule=self.network.schedule, sampler=run.sampler, criterion=run.replication
         )
+        self.measurement = run.measurement
         self._claims: dict[str, tuple[ImageEntry, Claim]] = {}
         self._loaded: dict[str, LoadedImage] = {}
 
@@ -68,6 +71,7 @@ class Worker:
         """Measures until the queue is empty; each record is on disk before the next image ends."""
         engine = Engine(self.network, self.similarity, self._settings())
         started = time.time()
+        self._draw_bank(engine)
         for job, outcome in engine.run(self._jobs()):
             self._finish(job.key, outcome)
         self.folder.note_process(
@@ -83,6 +87,26 @@ class Worker:
                 **engine.summary.as_dict(),
             }
         )
+
+    def _draw_bank(self, engine: Engine) -> None:
+        """Free samples that all images share are drawn first, by all processes."""
+        recipe, prompt = self.run.measurement, self.run.prompt
+        if isinstance(recipe, FreeSampling) and prompt.is_shared:
+            blank = ImageEntry(image_id="", path="", label=prompt.label)
+            shape = self.network.latent_shape
+            with torch.no_grad():
+                target = Target(
+                    image_id="free samples",
+                    pixels=torch.zeros(0),
+                    latents=torch.zeros(1, *shape, device=self.network.device),
+                    embedding=torch.zeros(0),
+                    condition=self.network.condition(prompt.of(blank)),
+                    negative=self._negative,
+                )
+            seed = image_generator(self.run.seed, "free samples").initial_seed()
+            bank = recipe.bank(seed, shape, self.run.sampler)
+            embeddings = draw_bank(bank, target, self.setting, engine, self.folder)
+            self.measurement = SharedFreeSampling(bank=bank, embeddings=embeddings, recipe=recipe)
 
     def _settings(self) -> EngineSettings:
         """Row counts left open are measured by one process of the run, and kept."""
@@ -115,7 +139,7 @@ class Worker:
     def _start(self, entry: ImageEntry) -> Coroutine[Any, Any, Outcome]:
         loaded = self._loaded[entry.image_id] = self.dataset.load(entry)
         rng = image_generator(self.run.seed, entry.image_id)
-        return self.run.measurement(self._target(entry, loaded), self.setting, rng)
+        return self.measurement(self._target(entry, loaded), self.setting, rng)
 
     def _target(self, entry: ImageEntry, loaded: LoadedImage) -> Target:
         prompt = self.run.prompt.of(entry)

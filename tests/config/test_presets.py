@@ -19,7 +19,13 @@ from invmm.models.cost import CallCost
 
 CONF = files("invmm.conf")
 PRESETS = [(group, option) for group, options in groups().items() for option in options]
-TRAINED = {("model", "unet_tiny"), ("model", "unet_cifar10"), ("experiment", "demo_model")}
+TRAINED = {
+    ("model", "unet_tiny"),
+    ("model", "unet_cifar10"),
+    ("model", "text_tiny"),
+    ("experiment", "demo_model"),
+    ("experiment", "text_demo_model"),
+}
 OWN_NEEDS = {
     ("replication", "sscd_torchscript"): ["replication.similarity.path=sscd.pt"],
     ("sampler", "flow_euler"): ["prompt=empty"],

@@ -17,19 +17,27 @@ from invmm.replication.correlation import PixelCorrelation
 THRESHOLD = 0.18
 
 
+def overrides_for(model, images, run_dir, *more: str) -> list[str]:
+    quick = tiny.command(model, images, run_dir)[3:]
+    return [
+        *[text for text in quick if not text.startswith("inversion.")],
+        f"replication.threshold={THRESHOLD}", "engine.rows_sample=64", "engine.rows_embed=64",
+        *more,
+    ]  # fmt: skip
+
+
 def test_the_estimate_agrees_with_a_count(tmp_path, monkeypatch, capsys):
     """On a model with random weights, whose samples match an image now and then."""
     monkeypatch.setattr(sys, "argv", ["invmm"])
     model = tiny.save_model(tmp_path / "model")
     images = tiny.save_images(tmp_path / "png", 3)
-    overrides = [
-        *[text for text in tiny.command(model, images, tmp_path / "run")[3:]
-          if not text.startswith("inversion.")],
-        "measurement=probability", f"replication.threshold={THRESHOLD}", "engine.rows_sample=64",
-        "engine.rows_embed=64",
-    ]  # fmt: skip
+    overrides = overrides_for(model, images, tmp_path / "run", "measurement=probability")
     assert measure.COMMAND.run(overrides) == 0
     assert "one in ... draws (95 %)" in capsys.readouterr().out
+
+    counting = ("measurement=free_sampling", "measurement.num_samples=1500", "seed=1")
+    assert measure.COMMAND.run(overrides_for(model, images, tmp_path / "count", *counting)) == 0
+    counts = tiny.scores(tmp_path / "count").set_index("image_id")
 
     network = PixelUNet(path=str(model)).load(torch.device("cpu"))
     rng = torch.Generator().manual_seed(99)
@@ -60,5 +68,28 @@ def test_the_estimate_agrees_with_a_count(tmp_path, monkeypatch, capsys):
         assert row.log_p_low - 0.1 <= math.log(p) <= row.log_p_high + 0.1
         assert row.score_nats == -row.log_p
         assert row.num_samples == 8
+        counted = counts.loc[entry.image_id]
+        assert counted["count"] == round(counted.replication_rate * 1500)
+        assert abs(counted.log_p - math.log(p)) < 0.4
+        assert counted.log_p_low - 0.1 <= math.log(p) <= counted.log_p_high + 0.1
         estimated += 1
     assert estimated == 3
+
+
+def test_a_bank_is_shared_by_shards_kept_and_the_same_as_one_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["invmm"])
+    model = tiny.save_model(tmp_path / "model")
+    images = tiny.save_images(tmp_path / "png", 3)
+    counting = ("measurement=free_sampling", "measurement.num_samples=200",
+                "measurement.block_size=32")  # fmt: skip
+    assert measure.COMMAND.run(overrides_for(model, images, tmp_path / "one", *counting)) == 0
+    for shard in ("0/2", "1/2"):
+        overrides = overrides_for(model, images, tmp_path / "two", *counting, f"shard={shard}")
+        assert measure.COMMAND.run(overrides) == 0
+        blocks = {
+            path: path.stat().st_mtime_ns for path in (tmp_path / "two/free_samples").iterdir()
+        }
+        assert len(blocks) == 7
+    assert tiny.records(tmp_path / "one") == tiny.records(tmp_path / "two")
+    shown = capsys.readouterr().out
+    assert "free samples that replicate any unknown image: " in shown

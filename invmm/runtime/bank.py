@@ -1,0 +1,80 @@
+"""Drawing a bank of free samples: block by block, by all processes of a run, kept in its folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from invmm.engine.engine import Engine
+from invmm.engine.outcomes import Outcome, Status
+from invmm.engine.protocols import Setting, Target
+from invmm.engine.slots import Job
+from invmm.files import write_atomically
+from invmm.probability.free_sampling import Bank
+from invmm.results.run_folder import Claim, RunFolder
+
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+def draw_bank(
+    bank: Bank, target: Target, setting: Setting, engine: Engine, folder: RunFolder
+) -> Tensor:
+    """(M, D) embeddings of all samples, once every block is drawn.
+
+    Blocks that another process is drawing are waited for, and taken over if it dies.
+
+    Args:
+        bank: of samples.
+        target: carries the condition that all images share.
+        setting: sampler and criterion.
+        engine: draws.
+        folder: keeps the blocks, for the other processes and for a rerun.
+
+    Raises:
+        ValueError: a block could not be drawn.
+    """
+    files = [folder.path / "free_samples" / f"{k:05}.safetensors" for k in range(bank.num_blocks)]
+    files[0].parent.mkdir(exist_ok=True)
+    while missing := [block for block, file in enumerate(files) if not file.exists()]:
+        if not _draw_blocks(missing, files, bank, target, setting, engine, folder):
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return torch.cat([load_file(file)["embeddings"] for file in files])
+
+
+def _draw_blocks(
+    blocks: list[int],
+    files: list[Path],
+    bank: Bank,
+    target: Target,
+    setting: Setting,
+    engine: Engine,
+    folder: RunFolder,
+) -> int:
+    """Draws those blocks that nobody else does; how many."""
+    claims: dict[str, tuple[Claim, Path]] = {}
+
+    async def embeddings(block: int) -> Outcome:
+        vectors = await bank.vectors(block, target, setting)
+        return Outcome(status=Status.ESTIMATED, tensors={"embeddings": vectors})
+
+    def jobs() -> Iterator[Job]:
+        for block in blocks:
+            if claim := folder.claim_file(files[block]):
+                key = f"free samples, block {block}"
+                claims[key] = claim, files[block]
+                yield Job(key, lambda block=block: embeddings(block))
+
+    drawn = 0
+    for job, outcome in engine.run(jobs()):
+        claim, file = claims.pop(job.key)
+        with claim:
+            if outcome.error is not None:
+                raise ValueError(f"{job.key} could not be drawn: {outcome.error}")
+            write_atomically(file, save(dict(outcome.tensors)))
+        drawn += 1
+    return drawn
