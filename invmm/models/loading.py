@@ -13,24 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from invmm.models.parts import SCHEDULERS
+
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 """Pipelines that hold a pixel U-Net."""
 
 COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "unet": ("UNet2DModel",),
-    "scheduler": (
-        "DDPMScheduler",
-        "DDIMScheduler",
-        "DEISMultistepScheduler",
-        "DPMSolverMultistepScheduler",
-        "DPMSolverSinglestepScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "EulerDiscreteScheduler",
-        "HeunDiscreteScheduler",
-        "LMSDiscreteScheduler",
-        "PNDMScheduler",
-        "UniPCMultistepScheduler",
-    ),
+    "scheduler": tuple(name.removeprefix("diffusers.") for name in SCHEDULERS),
 }
 """Their parts, and the classes whose config means a schedule of betas and a plain U-Net."""
 

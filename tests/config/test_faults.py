@@ -97,7 +97,7 @@ def test_unknown_keys_are_found_however_they_are_given(prefix, faults):
      "run_dir=2024 is not possible: it should be a valid string; in quotes it is one: "
      "'run_dir=\"2024\"'"),
     (["model=null"], "model=null is not an option; there are auto, latent, pixel, "
-                     "unet_cifar10, unet_tiny"),
+                     "text_tiny, unet_cifar10, unet_tiny"),
     (["experiment=dmo"], "experiment=dmo is not an option; did you mean demo? There are demo, "
                          "demo_model, paper_ddpm"),
     (["engine=3"], "engine=3 is not a group of settings; give engine.KEY=VALUE"),
