@@ -2,20 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from annotated_types import Ge, Gt, Le, Lt
+from torch import Tensor, nn
 
 
 @runtime_checkable
 class TrainableModel(Protocol):
-    """A recipe for an untrained model."""
+    """A recipe for an untrained model.
+
+    Attributes:
+        image_size: side of the images that it is trained on.
+    """
 
     image_size: int
 
-    def build(self) -> tuple[Any, Any]:
-        """A network with random weights and its diffusers training scheduler."""
+    def start(self, captions: Sequence[str | None]) -> Trainee:
+        """A model with random weights, ready to be trained; the caller seeds them.
+
+        Args:
+            captions: of all training images, None where one has none, and further ones whose words
+                prompts may use. A model without prompts takes no notice of them.
+
+        Raises:
+            ValueError: the model cannot be trained on these images.
+        """
+        ...
+
+
+class Trainee(Protocol):
+    """A network in training with what its pipeline needs besides; an `nn.Module`.
+
+    Attributes:
+        scheduler: the diffusers scheduler of the forward process.
+        caption_dropout: probability that an image is shown with the empty caption.
+    """
+
+    scheduler: Any
+    caption_dropout: float
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, 3, H, W) in the units that are diffused; no gradients."""
+        ...
+
+    def __call__(self, noisy: Tensor, timesteps: Tensor, captions: Sequence[str]) -> Tensor:
+        """Noisy (B, 3, H, W), (B,) and B captions -> the prediction, (B, 3, H, W)."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """See `nn.Module`; those that require gradients are trained."""
+        ...
+
+    def pipeline(self) -> Any:
+        """The diffusers pipeline around these weights, to be saved."""
         ...
 
 
@@ -55,42 +97,21 @@ class UNet:
     beta_end: Annotated[float, Gt(0), Le(1)] = 0.02
 
     def __post_init__(self) -> None:
-        levels = len(self.block_out_channels)
-        if not levels or min(self.block_out_channels) < 1:
-            raise ValueError(
-                f"model.block_out_channels={self.block_out_channels} is no network; give the width "
-                "of each level, such as [32, 64, 64]"
-            )
-        if any(width % self.norm_num_groups for width in self.block_out_channels):
-            raise ValueError(
-                f"model.norm_num_groups={self.norm_num_groups} does not divide every one of "
-                f"model.block_out_channels={self.block_out_channels}; use a common divisor"
-            )
-        if any(not 0 <= level < levels for level in self.attention_levels):
-            raise ValueError(
-                f"model.attention_levels={self.attention_levels} names a level that is not there; "
-                f"use 0 to {levels - 1}"
-            )
-        # The block between down and up attends at the last width.
-        attending = [self.block_out_channels[level] for level in (*self.attention_levels, -1)]
-        if any(width % self.attention_head_dim for width in attending):
-            raise ValueError(
-                f"model.attention_head_dim={self.attention_head_dim} does not divide the widths "
-                f"with attention, {sorted(set(attending))}; use a common divisor"
-            )
-        if self.beta_start > self.beta_end:
-            raise ValueError(
-                f"model.beta_start={self.beta_start} exceeds model.beta_end={self.beta_end}; the "
-                "noise must grow"
-            )
-        if self.image_size % 2 ** (levels - 1):
-            raise ValueError(
-                f"model.image_size={self.image_size} cannot be halved {levels - 1} times; use a "
-                f"multiple of {2 ** (levels - 1)} or fewer model.block_out_channels"
-            )
+        check_network(
+            image_size=self.image_size,
+            block_out_channels=self.block_out_channels,
+            attention_levels=self.attention_levels,
+            norm_num_groups=self.norm_num_groups,
+            heads=("attention_head_dim", self.attention_head_dim),
+        )
+        check_noise(self.beta_start, self.beta_end)
+
+    def start(self, captions: Sequence[str | None]) -> PixelTrainee:
+        """See `TrainableModel`."""
+        return PixelTrainee(*self.build())
 
     def build(self) -> tuple[Any, Any]:
-        """See `TrainableModel`; the caller seeds the weights."""
+        """The network with random weights and its training scheduler; the caller seeds them."""
         from diffusers import DDPMScheduler, UNet2DModel
 
         attends = [level in self.attention_levels for level in range(len(self.block_out_channels))]
@@ -113,3 +134,95 @@ class UNet:
             clip_sample=False,
         )
         return unet, scheduler
+
+
+class PixelTrainee(nn.Module):
+    """An unconditional network on pixels in training; see `Trainee`.
+
+    Args:
+        unet: network with a `.sample` output.
+        scheduler: of the forward process.
+    """
+
+    caption_dropout = 0.0
+
+    def __init__(self, unet: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.unet, self.scheduler = unet, scheduler
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """See `Trainee`: the pixels themselves."""
+        return pixels
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, captions: Sequence[str]) -> Tensor:
+        """See `Trainee`; captions mean nothing to it."""
+        return self.unet(noisy, timesteps).sample
+
+    def pipeline(self) -> Any:
+        """See `Trainee`."""
+        from diffusers import DDPMPipeline
+
+        return DDPMPipeline(self.unet, self.scheduler)
+
+
+def check_network(
+    *,
+    image_size: int,
+    block_out_channels: Sequence[int],
+    attention_levels: Sequence[int],
+    norm_num_groups: int,
+    heads: tuple[str, int],
+) -> None:
+    """Refuses U-Nets that cannot be built.
+
+    Args:
+        image_size: side of what goes in.
+        block_out_channels: width of each level.
+        attention_levels: levels with attention.
+        norm_num_groups: divides every width.
+        heads: name and value of what divides the widths with attention.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    levels = len(block_out_channels)
+    if not levels or min(block_out_channels) < 1:
+        raise ValueError(
+            f"model.block_out_channels={block_out_channels} is no network; give the width of each "
+            "level, such as [32, 64, 64]"
+        )
+    if any(width % norm_num_groups for width in block_out_channels):
+        raise ValueError(
+            f"model.norm_num_groups={norm_num_groups} does not divide every one of "
+            f"model.block_out_channels={block_out_channels}; use a common divisor"
+        )
+    if any(not 0 <= level < levels for level in attention_levels):
+        raise ValueError(
+            f"model.attention_levels={attention_levels} names a level that is not there; use 0 to "
+            f"{levels - 1}"
+        )
+    # The block between down and up attends at the last width.
+    attending = [block_out_channels[level] for level in (*attention_levels, -1)]
+    name, number = heads
+    if any(width % number for width in attending):
+        raise ValueError(
+            f"model.{name}={number} does not divide the widths with attention, "
+            f"{sorted(set(attending))}; use a common divisor"
+        )
+    if image_size % 2 ** (levels - 1):
+        raise ValueError(
+            f"model.image_size={image_size} cannot be halved {levels - 1} times; use a multiple "
+            f"of {2 ** (levels - 1)} or fewer model.block_out_channels"
+        )
+
+
+def check_noise(beta_start: float, beta_end: float) -> None:
+    """Refuses a noise that shrinks.
+
+    Raises:
+        ValueError: naming the keys.
+    """
+    if beta_start > beta_end:
+        raise ValueError(
+            f"model.beta_start={beta_start} exceeds model.beta_end={beta_end}; the noise must grow"
+        )

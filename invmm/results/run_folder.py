@@ -140,6 +140,14 @@ class RunFolder:
 
         return new
 
+    def bank_block(self, block: int) -> Path:
+        """Where a block of a bank of free samples goes."""
+        return self.path / "free_samples" / f"{block:05}.safetensors"
+
+    def num_bank_blocks(self) -> int:
+        """Blocks that are drawn."""
+        return len(list((self.path / "free_samples").glob("*.safetensors")))
+
     def note_process(self, account: Mapping[str, Any]) -> None:
         """Keeps how a process spent its time."""
         with (self.path / "processes.jsonl").open("ab") as file:

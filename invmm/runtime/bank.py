@@ -38,7 +38,7 @@ def draw_bank(
     Raises:
         ValueError: a block could not be drawn.
     """
-    files = [folder.path / "free_samples" / f"{k:05}.safetensors" for k in range(bank.num_blocks)]
+    files = [folder.bank_block(block) for block in range(bank.num_blocks)]
     files[0].parent.mkdir(exist_ok=True)
     while missing := [block for block, file in enumerate(files) if not file.exists()]:
         if not _draw_blocks(missing, files, bank, target, setting, engine, folder):

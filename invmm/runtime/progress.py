@@ -31,6 +31,8 @@ def progress_bar(folder: RunFolder, entries: Sequence[ImageEntry]) -> Iterator[N
             scored += status.has_score
             failed += status in (Status.FAILED, Status.DIVERGED)
         counts = {"with a score": scored, **({"failed": failed} if failed else {})}
+        if bar.n == 0 and (blocks := folder.num_bank_blocks()):
+            counts = {"blocks of free samples": blocks}
         bar.set_postfix(counts, refresh=False)
         bar.n += len(statuses)
         if statuses or sys.stderr.isatty():  # a log file needs no ticking clock

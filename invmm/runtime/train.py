@@ -15,9 +15,9 @@ from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
 
-from invmm.data.dataset import DatasetRecipe
+from invmm.data.dataset import DatasetRecipe, ImageDataset
 from invmm.data.manifest import TrainingManifest
-from invmm.models.architectures import TrainableModel
+from invmm.models.architectures import TrainableModel, Trainee
 from invmm.results.run_folder import RunFolder
 from invmm.runtime.processes import (
     EXIT_DONE,
@@ -68,7 +68,8 @@ def train(run: TrainRun) -> int:
         The exit code: 0 done; 3 a process died; 130 or 143 interrupted by a signal.
 
     Raises:
-        ValueError: the folder belongs to another config, or the data set cannot be used.
+        ValueError: the folder belongs to another config, or the data set cannot be used, by this
+            model or at all.
     """
     if run.trainer.devices > 1 and run.training.batch_size % run.trainer.devices:
         raise ValueError(
@@ -82,11 +83,11 @@ def train(run: TrainRun) -> int:
         dataset = run.dataset.open(run.model.image_size)
         images, manifest = read_training_set(dataset, run.seed)
         pl.seed_everything(run.seed, verbose=False)
-        unet, scheduler = run.model.build()
+        trainee = run.model.start(_captions(dataset, manifest))
         exit_code, reason = EXIT_INCOMPLETE, "a process ended early"
         try:
             with interruptible():
-                _fit(TrainModule(unet, scheduler, run, images), run, manifest)
+                _fit(TrainModule(trainee, run, images), run, manifest)
         except Interrupted as signal:
             exit_code, reason = signal.exit_code, f"stopped by {signal}"
         except WORKER_DEATHS as error:
@@ -98,20 +99,24 @@ def train(run: TrainRun) -> int:
     return EXIT_DONE
 
 
+def _captions(dataset: ImageDataset, manifest: TrainingManifest) -> list[str | None]:
+    """Those of the training images, then those of the other ones that have one."""
+    further = [entry.caption for entry in dataset.entries if entry.caption is not None]
+    return [*(entry.caption for entry in manifest.entries), *further]
+
+
 class TrainModule(pl.LightningModule):
-    """Noise prediction as in DDPM; the batch of a step is a function of seed and step.
+    """Denoising as in DDPM; the batch of a step is a function of seed and step.
 
     Args:
-        unet: network with a `.sample` output.
-        scheduler: diffusers scheduler of the forward process.
+        trainee: what is trained.
         run: hyperparameters and threads.
         images: the training set.
     """
 
-    def __init__(self, unet: Any, scheduler: Any, run: TrainRun, images: TrainingImages) -> None:
+    def __init__(self, trainee: Trainee, run: TrainRun, images: TrainingImages) -> None:
         super().__init__()
-        self.unet = unet
-        self.scheduler = scheduler
+        self.trainee = trainee
         self.settings = run.training
         self.num_threads = run.trainer.num_threads
         self.images = images
@@ -123,11 +128,13 @@ class TrainModule(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of this process's share of the step's batch; `batch` is a placeholder."""
+        scheduler = self.trainee.scheduler
         whole = self.images.batch(
             self.global_step,
             self.settings.batch_size,
-            num_timesteps=self.scheduler.config.num_train_timesteps,
+            num_timesteps=scheduler.config.num_train_timesteps,
             mirror=self.settings.horizontal_flip,
+            caption_dropout=self.trainee.caption_dropout,
         )
         share = slice(self.trainer.global_rank, None, self.trainer.world_size)
         pixels, noise, timesteps = (
@@ -135,15 +142,16 @@ class TrainModule(pl.LightningModule):
         )
         # Dropout draws from the global generator: tie it to the step too, so resuming is exact.
         torch.manual_seed(whole.dropout_seed + self.trainer.global_rank)
-        noisy = self.scheduler.add_noise(pixels, noise, timesteps)
-        output = self.unet(noisy, timesteps).sample
-        match self.scheduler.config.prediction_type:
+        clean = self.trainee.encode(pixels)
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        output = self.trainee(noisy, timesteps, whole.captions[share])
+        match scheduler.config.prediction_type:
             case "epsilon":
                 wanted = noise
             case "v_prediction":
-                wanted = self.scheduler.get_velocity(pixels, noise, timesteps)
+                wanted = scheduler.get_velocity(clean, noise, timesteps)
             case _:
-                wanted = pixels
+                wanted = clean
         loss = F.mse_loss(output, wanted)
         if (self.global_step + 1) % _LOG_EVERY == 0:
             self.log("loss", loss.detach(), prog_bar=True)
@@ -152,12 +160,13 @@ class TrainModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimiser and a learning rate per step."""
         settings = self.settings
+        trained = [weights for weights in self.trainee.parameters() if weights.requires_grad]
         if settings.optimizer == "adamw":
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                self.unet.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
+                trained, settings.learning_rate, weight_decay=settings.weight_decay
             )
         else:
-            optimizer = torch.optim.Adam(self.unet.parameters(), settings.learning_rate)
+            optimizer = torch.optim.Adam(trained, settings.learning_rate)
         from diffusers.optimization import get_scheduler
 
         name = "constant_with_warmup" if settings.lr_schedule == "constant" else "cosine"

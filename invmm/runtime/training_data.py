@@ -24,12 +24,14 @@ class Batch:
         noise: (B, 3, H, W) standard normal.
         timesteps: (B,).
         dropout_seed: for the network's own randomness.
+        captions: B texts, empty where an image has none or it was dropped.
     """
 
     pixels: Tensor
     noise: Tensor
     timesteps: Tensor
     dropout_seed: int
+    captions: list[str]
 
 
 class TrainingImages:
@@ -40,15 +42,34 @@ class TrainingImages:
     Args:
         pixels: (n, 3, H, W) uint8.
         copies: n numbers.
+        captions: n texts, None where an image has none.
         seed: of the run.
     """
 
-    def __init__(self, pixels: Tensor, copies: Sequence[int], seed: int) -> None:
-        self._pixels, self._seed = pixels, seed
+    def __init__(
+        self, pixels: Tensor, copies: Sequence[int], captions: Sequence[str | None], seed: int
+    ) -> None:
+        self._pixels, self._captions, self._seed = pixels, captions, seed
         self._weights = torch.tensor(copies, dtype=torch.float64)
 
-    def batch(self, step: int, size: int, *, num_timesteps: int, mirror: bool) -> Batch:
-        """The batch of a step, counted from 0: images drawn in proportion to their copies."""
+    def batch(
+        self,
+        step: int,
+        size: int,
+        *,
+        num_timesteps: int,
+        mirror: bool,
+        caption_dropout: float = 0.0,
+    ) -> Batch:
+        """The batch of a step: images drawn in proportion to their copies.
+
+        Args:
+            step: counted from 0.
+            size: B.
+            num_timesteps: T.
+            mirror: half of the images.
+            caption_dropout: probability, in [0, 1], that a caption is replaced by the empty one.
+        """
         digest = hashlib.sha256(f"{self._seed}:{step}".encode()).digest()
         rng = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         chosen = torch.multinomial(self._weights, size, replacement=True, generator=rng)
@@ -59,7 +80,13 @@ class TrainingImages:
             flip = torch.rand(size, generator=rng) < 0.5
             pixels = torch.where(flip[:, None, None, None], pixels.flip(3), pixels)
         dropout_seed = int(torch.randint(2**62, (), generator=rng))
-        return Batch(pixels, noise, timesteps, dropout_seed)
+        # In [0, 1): a probability of 1 drops all, one of 0 none.
+        keep = torch.rand(size, generator=rng) >= caption_dropout
+        captions = [
+            (self._captions[index] or "") if kept else ""
+            for index, kept in zip(chosen.tolist(), keep.tolist(), strict=True)
+        ]
+        return Batch(pixels, noise, timesteps, dropout_seed, captions)
 
 
 def read_training_set(dataset: ImageDataset, seed: int) -> tuple[TrainingImages, TrainingManifest]:
@@ -89,4 +116,5 @@ def read_training_set(dataset: ImageDataset, seed: int) -> tuple[TrainingImages,
         raise ValueError("the data set has no image to train on")
     copies = [entry.copies for entry in entries]
     manifest = TrainingManifest(entries=tuple(entries), source=dataset.source)
-    return TrainingImages(torch.stack(pixels), copies, seed), manifest
+    captions = [entry.caption for entry in entries]
+    return TrainingImages(torch.stack(pixels), copies, captions, seed), manifest

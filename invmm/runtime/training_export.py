@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor
 
 from invmm.data.manifest import TrainingManifest
+from invmm.models.architectures import Trainee
 from invmm.runtime.training import TrainingSettings
 
 FINAL = "final"
@@ -33,10 +34,11 @@ class AveragedWeights(WeightAveraging):
     def __init__(self, decay: float) -> None:
         super().__init__(use_buffers=False, multi_avg_fn=partial(_average, decay=decay))
 
-    def averaged_unet(self) -> Any:
-        """The network with the averaged weights."""
+    def averaged_trainee(self) -> Trainee:
+        """What is trained, with the averaged weights."""
         assert self._average_model is not None
-        return self._average_model.module.unet
+        trainee: Any = self._average_model.module.trainee
+        return trainee
 
 
 class Export(pl.Callback):
@@ -69,17 +71,15 @@ class Export(pl.Callback):
         step = trainer.global_step
         if step in self.steps and trainer.is_global_zero:
             name = f"step_{step:06d}"
-            self._export(self.run_dir / name, pl_module.scheduler)
+            self._export(self.run_dir / name)
             if step == self.last:
                 self._link(name)
 
-    def _export(self, folder: Path, scheduler: Any) -> None:
+    def _export(self, folder: Path) -> None:
         """Whole or not at all."""
-        from diffusers import DDPMPipeline
-
         temporary = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(temporary, ignore_errors=True)
-        DDPMPipeline(self.averaged.averaged_unet(), scheduler).save_pretrained(temporary)
+        self.averaged.averaged_trainee().pipeline().save_pretrained(temporary)
         self.manifest.write(temporary / MANIFEST)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
