@@ -30,7 +30,9 @@ class Proportion:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.count} of {self.total} (95 % interval {self.low:.0%} to {self.high:.0%})"
+        digits = 0 if self.total < 1000 else 1
+        interval = f"{self.low:.{digits}%} to {self.high:.{digits}%}"
+        return f"{self.count} of {self.total} (95 % interval {interval})"
 
 
 def proportion(count: int, total: int) -> Proportion:
