@@ -136,14 +136,21 @@ class WandbLog:
 def _curves(
     run_dir: Path,
 ) -> Iterator[tuple[dict[str, Any], str, np.ndarray, np.ndarray]]:
-    """(record, name, steps, values) of every curve; dense curves start at step 1."""
+    """(record, name, steps, values) of every curve.
+
+    Dense curves start at step 1; `rate_step` holds the steps of `rate`, `similarity_step` those of
+    `similarity` and `similarity_min`.
+    """
     for record in read_records(run_dir):
         curves = read_curves(run_dir, record)
-        checks = curves.pop("similarity_step", None)
+        sparse = {k.removesuffix("_step"): curves[k] for k in curves if k.endswith("_step")}
         for name, values in sorted(curves.items()):
+            if name.endswith("_step"):
+                continue
             steps = np.arange(1, len(values) + 1)
-            if checks is not None and name.startswith("similarity"):
-                steps = checks
+            for prefix, own in sparse.items():
+                if name.startswith(prefix):
+                    steps = own
             yield record, name, steps, values
 
 

@@ -99,7 +99,7 @@ def test_unknown_keys_are_found_however_they_are_given(prefix, faults):
     (["model=null"], "model=null is not an option; there are auto, latent, pixel, "
                      "text_tiny, unet_cifar10, unet_tiny"),
     (["experiment=dmo"], "experiment=dmo is not an option; did you mean demo? There are demo, "
-                         "demo_model, paper_ddpm"),
+                         "demo_model, paper_ddpm, text_demo_model"),
     (["engine=3"], "engine=3 is not a group of settings; give engine.KEY=VALUE"),
     (["~seed"], "seed is missing; give seed=VALUE"),
     (["~sampler"], "sampler is missing; give sampler=VALUE"),
