@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from invmm.models.parts import SCHEDULERS
+from invmm.models.parts import SCHEDULERS, weight_faults
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 """Pipelines that hold a pixel U-Net."""
@@ -161,17 +161,10 @@ def load_unet(folder: ModelFolder, *, variant: str | None, dtype: Any) -> Any:
             f"model.path={folder.path} cannot be loaded ({reason}); export the model again"
         ) from error
     unet, info = loaded
-    faults = [
-        f"{kind.removesuffix('_keys')} {', '.join(map(str, list(info[kind])[:3]))}"
-        f"{' ...' if len(info[kind]) > 3 else ''}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info.get(kind)
-    ]
-    faults += [name for name, value in unet.named_parameters() if value.is_meta][:3]
-    if faults:
+    if faults := weight_faults(unet, info):
         raise ValueError(
             f"model.path={folder.path} does not hold the weights its config.json describes "
-            f"({'; '.join(faults)}); export the model again"
+            f"({faults}); export the model again"
         )
     return unet
 

@@ -136,18 +136,29 @@ def load_part(folder: Path, name: str, class_name: str, *, variant: str | None, 
     if not has_weights:
         return loaded
     part, info = loaded
+    if faults := weight_faults(part, info):
+        raise ValueError(
+            f"the {name} of model.path={folder} does not hold the weights its config.json "
+            f"describes ({faults}); export the model again"
+        )
+    return part
+
+
+def weight_faults(part: Any, info: Mapping[str, Any]) -> str:
+    """Weights that are missing, unexpected or of another shape, in one line; "" if none are.
+
+    Args:
+        part: as loaded.
+        info: what `from_pretrained` says of the loading.
+    """
     faults = [
         f"{kind.removesuffix('_keys')} {', '.join(sorted(map(str, info[kind]))[:3])}"
+        f"{' ...' if len(info[kind]) > 3 else ''}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
         if info.get(kind)
     ]
     faults += [key for key, value in part.named_parameters() if value.is_meta][:3]
-    if faults:
-        raise ValueError(
-            f"the {name} of model.path={folder} does not hold the weights its config.json "
-            f"describes ({'; '.join(faults)}); export the model again"
-        )
-    return part
+    return "; ".join(faults)
 
 
 def weight_files(folder: Path, name: str, variant: str | None) -> list[Path]:
