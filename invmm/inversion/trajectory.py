@@ -29,6 +29,7 @@ from invmm.engine.protocols import Setting, Target
 from invmm.engine.requests import Embed, Minimise, Sample, draw_seeds
 from invmm.inversion.frequency import from_frequencies, low_frequencies
 from invmm.inversion.noise import GaussianNoise
+from invmm.inversion.optimizer import Adam
 from invmm.inversion.trace import Trace
 from invmm.probability.certificate import clopper_pearson, log_p_certified, lower_rate
 
@@ -129,7 +130,7 @@ class Trajectory:
     async def __call__(self, target: Target, setting: Setting, rng: torch.Generator) -> Outcome:
         """Runs the search; see `Measurement`."""
         noise = GaussianNoise.prior(target.latents)
-        optimizer = _Adam(noise.parameters(), self._moved(noise), self.betas, self.step_size)
+        optimizer = Adam(noise.parameters(), self._moved(noise), self.betas, self.step_size)
         short = self.short_sampler(setting)
         scale, weight = setting.sampler.guidance_scales[0], self.kl_weight
         candidates: list[Candidate] = []
@@ -292,50 +293,6 @@ class Trajectory:
             "rate_high": high,
             "log_p_certified": certified if math.isfinite(certified) else None,
         }
-
-
-class _Adam:
-    """Adam (Kingma & Ba 2015), its second moment optionally shared by a whole tensor.
-
-    Args:
-        parameters: leaves.
-        moved: 1 where they may move, 0 elsewhere; broadcasts to each of them.
-        betas: decay of the first and second moment.
-        step_size: "shared" or "coordinate"; see `Trajectory`.
-    """
-
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        moved: Tensor,
-        betas: Sequence[float],
-        step_size: str,
-    ) -> None:
-        self.parameters, self.moved, self.betas = parameters, moved, betas
-        self.is_shared = step_size == "shared"
-        self.first = [torch.zeros_like(parameter) for parameter in parameters]
-        self.second = [torch.zeros_like(parameter) for parameter in parameters]
-        self.steps = 0
-
-    @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """Moves the parameters by their gradients and drops these."""
-        self.steps += 1
-        first_beta, second_beta = self.betas
-        moved = zip(self.parameters, self.first, self.second, strict=True)
-        for parameter, first, second in moved:
-            assert parameter.grad is not None
-            gradient = parameter.grad * self.moved
-            square = gradient.square()
-            if self.is_shared:
-                # Over all coordinates, so that a narrower band takes longer steps in it.
-                square = square.mean().expand_as(square)
-            first.lerp_(gradient, 1 - first_beta)
-            second.lerp_(square, 1 - second_beta)
-            scale = (second / (1 - second_beta**self.steps)).sqrt()
-            tiny = torch.finfo(scale.dtype).tiny  # a gradient of 0 moves nothing
-            parameter -= learning_rate * first / (1 - first_beta**self.steps) / (scale + tiny)
-            parameter.grad = None
 
 
 def _candidate(noise: GaussianNoise, guidance_scale: float) -> Candidate:
