@@ -9,7 +9,9 @@ import numpy as np
 
 from invmm.analysis.statistics import image_groups
 from invmm.analysis.style import COLOURS, LABELS, one_line, save_figure, style
-from invmm.results.collect import has_score, is_censored, ranked
+from invmm.analysis.table import shown_score
+from invmm.engine.outcomes import Status
+from invmm.results.collect import has_score, is_censored, is_membership, ranked
 from invmm.results.records import read_pictures
 
 if TYPE_CHECKING:
@@ -22,11 +24,16 @@ _HEADER_INCHES = 0.7
 
 
 def gallery(run_dir: Path, frame: pd.DataFrame) -> Path:
-    """gallery.png: each image beside its closest samples, most memorized first."""
+    """gallery.png: each image beside its closest samples, most memorized first.
+
+    Membership scores draw no samples: the images alone, most like a training image first.
+    """
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    shown = ranked(frame.loc[frame.num_samples > 0]).head(MAX_GALLERY_ROWS)
+    of_membership = is_membership(frame)
+    drawn = has_score(frame) if of_membership else frame.num_samples > 0
+    shown = ranked(frame.loc[drawn]).head(MAX_GALLERY_ROWS)
     columns = 1 + int(min(shown.num_samples.max() if len(shown) else 0, MAX_GALLERY_SAMPLES))
     with style():
         rows = max(len(shown), 1)
@@ -41,6 +48,8 @@ def gallery(run_dir: Path, frame: pd.DataFrame) -> Path:
         left_out = len(frame) - len(shown)
         rest = f" ({left_out} more in scores.csv)" if left_out else ""
         title = "image, then its closest samples" if len(shown) else "no image was sampled"
+        if of_membership:
+            title = "most like a training image first"
         figure.suptitle(f"{title}{rest}", x=0.0, y=1.0, ha="left", va="top")
         figure.legend(
             handles=[Patch(color=COLOURS[g], label=LABELS[g]) for g in COLOURS if g in groups],
@@ -60,6 +69,7 @@ def score_histogram(run_dir: Path, frame: pd.DataFrame) -> Path:
 
     groups = image_groups(frame)
     scored, censored_images = has_score(frame), is_censored(frame)
+    of_membership = is_membership(frame)
     scores = frame.score[scored]
     edges = np.linspace(0, float(scores.max() if len(scores) else 1.0) or 1.0, 16)
     with style():
@@ -77,7 +87,11 @@ def score_histogram(run_dir: Path, frame: pd.DataFrame) -> Path:
             )
             axis.legend(frameon=False)
         what = "-log p" if (frame.status == "ESTIMATED").any() else "InvMM"
-        axis.set_xlabel(f"{what}, nats per latent dimension (lower: more memorized)")
+        axis.set_xlabel(
+            "membership score (lower: more like a training image)"
+            if of_membership
+            else f"{what}, nats per latent dimension (lower: more memorized)"
+        )
         axis.set_ylabel("images")
         axis.yaxis.get_major_locator().set_params(integer=True)
         bottom = 0
@@ -86,6 +100,7 @@ def score_histogram(run_dir: Path, frame: pd.DataFrame) -> Path:
             censored.bar([0], [count], bottom=bottom, color=COLOURS[group])
             bottom += count
         censored.set_xticks([0], ["not found\nwithin the budget"])
+        censored.set_visible(not of_membership)
         save_figure(figure, run_dir / "scores.png")
     return run_dir / "scores.png"
 
@@ -96,15 +111,20 @@ def _gallery_row(row: np.ndarray, run_dir: Path, record: pd.Series, group: str) 
         axis.imshow(picture, interpolation="nearest" if len(picture) < 128 else "antialiased")
     _frame(row[0], COLOURS[group])
     name = record.image_id if record.caption is None or record.isna().caption else record.caption
-    status = record.status.lower().replace("_", " ")
-    score = "" if record.isna().score else f", score {record.score:.3f}"
-    if not record.isna().get("one_in", True):
-        score = f", one in {record.one_in:,.0f} draws"
+    found = [record.status.lower().replace("_", " ")]
+    if record.status == Status.SCORED:
+        found = [f"score {shown_score(record)}"]
+    elif not record.isna().get("one_in", True):
+        found.append(f"one in {record.one_in:,.0f} draws")
+    elif not record.isna().score:
+        found.append(f"score {shown_score(record)}")
+    if not record.isna().best_similarity:
+        found.append(f"similarity {record.best_similarity:.2f}")
     copies = "" if record.isna().copies else f", {record.copies}x in training"
     row[0].text(
         -0.15,
         0.5,
-        f"{one_line(name, 34)}{copies}\n{status}{score}, similarity {record.best_similarity:.2f}",
+        f"{one_line(name, 34)}{copies}\n{', '.join(found)}",
         parse_math=False,
         transform=row[0].transAxes,
         ha="right",

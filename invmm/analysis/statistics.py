@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from invmm.results.collect import has_score
+from invmm.results.collect import has_score, is_censored
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,12 +67,14 @@ def memorization_order(frame: pd.DataFrame, *, tie_break: bool) -> np.ndarray:
 
 def auroc(positives: np.ndarray, negatives: np.ndarray) -> float | None:
     """Probability that a positive stands above a negative, ties counted half; None if empty."""
-    from sklearn.metrics import roc_auc_score
+    from scipy.stats import rankdata
 
-    if len(positives) == 0 or len(negatives) == 0:
+    of_positives, of_negatives = len(positives), len(negatives)
+    if of_positives == 0 or of_negatives == 0:
         return None
-    labels = np.repeat([1, 0], [len(positives), len(negatives)])
-    return float(roc_auc_score(labels, np.concatenate([positives, negatives])))
+    ranks = rankdata(np.concatenate([positives, negatives]))[:of_positives]
+    above = ranks.sum() - of_positives * (of_positives + 1) / 2  # pairs (Mann & Whitney 1947)
+    return float(above / (of_positives * of_negatives))
 
 
 def tpr_at_fpr(positives: np.ndarray, negatives: np.ndarray, limit: float = 0.01) -> float | None:
@@ -82,6 +86,170 @@ def tpr_at_fpr(positives: np.ndarray, negatives: np.ndarray, limit: float = 0.01
     labels = np.repeat([1, 0], [len(positives), len(negatives)])
     fpr, tpr, _ = roc_curve(labels, np.concatenate([positives, negatives]), drop_intermediate=False)
     return float(tpr[fpr <= limit][-1])
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic with its bootstrap interval.
+
+    Attributes:
+        value: of all images.
+        low: lower end of the 95 % percentile interval.
+        high: its upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} (95 % interval {self.low:.3g} to {self.high:.3g})"
+
+
+def auroc_interval(
+    positives: np.ndarray,
+    negatives: np.ndarray,
+    duplicates: tuple[np.ndarray, np.ndarray] | None = None,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate | None:
+    """`auroc` with its interval; positives and negatives are resampled apart.
+
+    Args:
+        positives: numbers that grow with memorization.
+        negatives: of the other side.
+        duplicates: the duplicate group of each positive and of each negative; images of a group are
+            drawn together. None if no two images are alike.
+        resamples: drawn with replacement.
+        seed: of them.
+
+    Returns:
+        None if a side has fewer than two groups: then nothing is known of its spread.
+    """
+    groups = duplicates or (np.arange(len(positives)), np.arange(len(negatives)))
+    return _bootstrapped(auroc, (positives, negatives), groups, resamples, seed)
+
+
+def median_interval(
+    values: np.ndarray,
+    duplicates: np.ndarray | None = None,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate | None:
+    """The median with its interval; arguments and None as for `auroc_interval`."""
+    groups = np.arange(len(values)) if duplicates is None else duplicates
+    return _bootstrapped(np.median, (values,), (groups,), resamples, seed)
+
+
+def _bootstrapped(
+    statistic: Callable[..., float | None],
+    samples: Sequence[np.ndarray],
+    groups: Sequence[np.ndarray],
+    resamples: int,
+    seed: int,
+) -> Estimate | None:
+    """Each sample's groups are drawn with replacement, all values of a group together."""
+    from scipy.stats import bootstrap
+
+    by_group = [
+        [values[own == group] for group in np.unique(own)]
+        for values, own in zip(samples, groups, strict=True)
+    ]
+    if min(map(len, by_group)) < 2:
+        return None
+
+    def of_drawn(*drawn: np.ndarray) -> float | None:
+        return statistic(
+            *(
+                np.concatenate([parts[index] for index in indices])
+                for parts, indices in zip(by_group, drawn, strict=True)
+            )
+        )
+
+    interval = bootstrap(
+        [np.arange(len(parts)) for parts in by_group],
+        of_drawn,
+        vectorized=False,
+        method="percentile",
+        n_resamples=resamples,
+        random_state=np.random.default_rng(seed),  # pyright: ignore # rng before scipy 1.15
+    ).confidence_interval
+    value = statistic(*samples)
+    assert value is not None
+    return Estimate(float(value), float(interval.low), float(interval.high))
+
+
+@dataclass(frozen=True)
+class SuccessCurve:
+    """The share of images that succeed within a budget (Kaplan & Meier 1958).
+
+    Attributes:
+        budgets: (n,) rising, at which an image succeeded or gave up.
+        shares: (n,) within each of them, in [0, 1].
+        low: (n,) lower end of the 95 % log-log interval; NaN while no or every image succeeded,
+            where the formula says nothing.
+        high: (n,) its upper end.
+    """
+
+    budgets: np.ndarray
+    shares: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def success_curve(budgets: np.ndarray, succeeded: np.ndarray) -> SuccessCurve:
+    """Success against budget, where images that gave up are censored, not failed.
+
+    Args:
+        budgets: (N,) steps or evaluations that each image took, until success or its end; one
+            that ends where another succeeds counts as at risk there.
+        succeeded: (N,) bool.
+    """
+    from scipy.stats import CensoredData, ecdf
+
+    censored = ~np.asarray(succeeded, bool)
+    if len(censored) == 0:
+        return SuccessCurve(*[np.empty(0)] * 4)
+    cdf = ecdf(CensoredData.right_censored(budgets, censored)).cdf
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The confidence interval is undefined", RuntimeWarning)
+        interval = cdf.confidence_interval(0.95, method="log-log")
+    ends = (interval.low.probabilities, interval.high.probabilities)
+    return SuccessCurve(cdf.quantiles, cdf.probabilities, *ends)
+
+
+def rank_correlation(left: pd.DataFrame, right: pd.DataFrame, *, tie_break: bool) -> float | None:
+    """Spearman's correlation of two runs over the images that both measured, censored ones last.
+
+    Args:
+        left: score table of one run.
+        right: of another.
+        tie_break: order the censored by best similarity; else they are tied.
+
+    Returns:
+        In [-1, 1], 1 if both rank alike; None if either does not tell any two images apart.
+
+    Raises:
+        ValueError: an image stands in a table twice.
+    """
+    from scipy.stats import spearmanr
+
+    tables = [
+        frame.loc[has_score(frame) | is_censored(frame)].set_index("image_id")
+        for frame in (left, right)
+    ]
+    for table in tables:
+        if not table.index.is_unique:
+            twice = table.index[table.index.duplicated()][0]
+            raise ValueError(f"image_id={twice} stands in a table twice; give the table of one run")
+    common = tables[0].index.intersection(tables[1].index)
+    first, second = (memorization_order(t.loc[common], tie_break=tie_break) for t in tables)
+    if min(len(np.unique(first)), len(np.unique(second))) < 2:
+        return None
+    found: Any = spearmanr(first, second)
+    return float(found.statistic)
 
 
 def image_groups(frame: pd.DataFrame) -> pd.Series:

@@ -14,68 +14,67 @@ from invmm.analysis.statistics import (
     proportion,
     tpr_at_fpr,
 )
-from invmm.analysis.style import one_line
-from invmm.results.collect import has_score, is_censored, ranked
+from invmm.analysis.style import LABELS, one_line
+from invmm.engine.outcomes import Status
+from invmm.results.collect import has_score, is_censored, is_membership, ranked
 from invmm.results.records import read_replicas
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 MAX_ROWS = 40
 _NAME_WIDTH = 34
+_COLUMNS = {
+    "image": f"<{_NAME_WIDTH}",
+    "copies": ">6",
+    "status": "<14",
+    "score": ">8",
+    "nats": ">8",
+    "similarity": ">10",
+    "steps": ">6",
+    "evaluations": ">11",
+}
+"""Of the table, with their widths."""
+_OF_MEMBERSHIP = ("image", "copies", "status", "score", "evaluations")
+"""Those that a membership score fills."""
 _ERROR_WIDTH = 300
 _LARGEST_EXPONENT = 700.0  # of what a double can hold
 
 
 def table(frame: pd.DataFrame) -> str:
-    """The most memorized images, one line each."""
+    """The most memorized images, one line each, or those most like a training image."""
+    names = _OF_MEMBERSHIP if is_membership(frame) else tuple(_COLUMNS)
     with_probability = "one_in" in frame
-    header = (
-        f"{'image':{_NAME_WIDTH}} {'copies':>6} {'status':14} {'score':>7} {'nats':>8} "
-        f"{'similarity':>10} {'steps':>6} {'evaluations':>11}"
-    )
+    header = " ".join(f"{name:{_COLUMNS[name]}}" for name in names)
     if with_probability:
         header += "  one in ... draws (95 %)"
     lines = [header, "-" * len(header)]
     for _, row in ranked(frame).head(MAX_ROWS).iterrows():
-        empty = row.isna()
-        name = row.image_id if empty.caption else f"{row.caption} ({row.image_id})"
-        lines.append(
-            f"{one_line(name, _NAME_WIDTH):{_NAME_WIDTH}} {'' if empty.copies else row.copies:>6} "
-            f"{row.status:14} {_number(row.score, 3):>7} {_number(row.score_nats, 1):>8} "
-            f"{_number(row.best_similarity, 2):>10} {row.steps:>6} "
-            f"{row.evaluations_forward + row.evaluations_backward:>11}"
-            + (f"  {_one_in(row)}" if with_probability else "")
-        )
+        cells = _cells(row)
+        line = " ".join(f"{cells[name]:{_COLUMNS[name]}}" for name in names)
+        lines.append(line + (f"  {_one_in(row)}" if with_probability else ""))
     if len(frame) > MAX_ROWS:
         lines.append(f"... and {len(frame) - MAX_ROWS} more in scores.csv")
     return "\n".join(lines)
 
 
+def shown_score(row: pd.Series) -> str:
+    """A score to three decimals, a membership score to three digits; "" if there is none."""
+    if row.isna().score:
+        return ""
+    return f"{row.score:.3g}" if row.status == Status.SCORED else f"{row.score:.3f}"
+
+
 def summary(frame: pd.DataFrame) -> str:
-    """Replicated images by group, false alarms, how well the groups separate, what failed."""
-    groups = image_groups(frame)
+    """What was found by group, how well the score tells the groups apart, what failed."""
     scored = has_score(frame)
     measured = scored | is_censored(frame)
-    found = "p estimated for" if (frame.status == "ESTIMATED").any() else "replicated"
-    lines = []
-    for group in ("duplicated", "single", "held_out", "unknown"):
-        mine = measured & (groups == group)
-        if mine.any():
-            share = proportion(int((mine & scored).sum()), int(mine.sum()))
-            name = "held_out (false alarms)" if group == "held_out" else group
-            lines.append(f"{name}: {found} {share}")
-    for tie_break in (True, False):
-        order = memorization_order(frame.loc[measured], tie_break=tie_break)
-        of_measured = groups.loc[measured].to_numpy()
-        duplicated, held_out = order[of_measured == "duplicated"], order[of_measured == "held_out"]
-        value = auroc(duplicated, held_out)
-        if value is not None:
-            how = "score, ties broken by best similarity" if tie_break else "score alone"
-            lines.append(
-                f"AUROC duplicated against held_out, {how}: {value:.3f} "
-                f"(true positives at <= 1 % false ones: {tpr_at_fpr(duplicated, held_out):.0%})"
-            )
+    groups = image_groups(frame)
+    if is_membership(frame):
+        lines = _membership(frame.loc[scored], groups.loc[scored])
+    else:
+        lines = _memorization(frame.loc[measured], groups.loc[measured])
     unmeasured = frame[~measured]
     for _, row in unmeasured.head(MAX_ROWS).iterrows():
         name, error = one_line(row.image_id, _NAME_WIDTH), one_line(str(row.error), _ERROR_WIDTH)
@@ -83,6 +82,55 @@ def summary(frame: pd.DataFrame) -> str:
     if len(unmeasured) > MAX_ROWS:
         lines.append(f"... and {len(unmeasured) - MAX_ROWS} more without a result in scores.csv")
     return "\n".join(lines)
+
+
+def _memorization(measured: pd.DataFrame, groups: pd.Series) -> list[str]:
+    """Replicated images by group, false alarms, and both rankings."""
+    scored = has_score(measured)
+    found = "p estimated for" if (measured.status == Status.ESTIMATED).any() else "replicated"
+    lines = []
+    for group in LABELS:
+        mine = groups == group
+        if mine.any():
+            share = proportion(int((mine & scored).sum()), int(mine.sum()))
+            name = "held_out (false alarms)" if group == "held_out" else group
+            lines.append(f"{name}: {found} {share}")
+    for tie_break in (True, False):
+        order = memorization_order(measured, tie_break=tie_break)
+        how = ", score, ties broken by best similarity" if tie_break else ", score alone"
+        lines += _separation(order, groups, ("duplicated",), how)
+    return lines
+
+
+def _membership(scored: pd.DataFrame, groups: pd.Series) -> list[str]:
+    """Scores by group, and how well they tell what was trained on from what was not."""
+    lines = ["membership scores: lower is more like a training image"]
+    for group in LABELS:
+        mine = scored.score[groups == group]
+        if len(mine):
+            low, median, high = mine.quantile([0.25, 0.5, 0.75])
+            lines.append(
+                f"{group}: median {median:.3g} (quartiles {low:.3g} to {high:.3g}) of {len(mine)}"
+            )
+    order = memorization_order(scored, tie_break=False)
+    for members in (("duplicated", "single"), ("duplicated",)):
+        lines += _separation(order, groups, members, "")
+    return lines
+
+
+def _separation(
+    order: np.ndarray, groups: pd.Series, members: Sequence[str], how: str
+) -> list[str]:
+    """The line of an AUROC against held_out; none if a side is empty."""
+    positives, negatives = order[groups.isin(members)], order[groups == "held_out"]
+    value = auroc(positives, negatives)
+    if value is None:
+        return []
+    name = members[0] if len(members) == 1 else "training"
+    return [
+        f"AUROC {name} against held_out{how}: {value:.3f} "
+        f"(true positives at <= 1 % false ones: {tpr_at_fpr(positives, negatives):.0%})"
+    ]
 
 
 def replicating_share(run_dir: Path, frame: pd.DataFrame) -> str:
@@ -135,6 +183,22 @@ def accounting(processes: Sequence[Mapping[str, Any]], frame: pd.DataFrame) -> s
         f"the tail; {padding / max(rows, 1):.1%} of the rows computed were padding",
     ]
     return "\n".join(lines)
+
+
+def _cells(row: pd.Series) -> dict[str, str]:
+    """Column -> text of one image."""
+    empty = row.isna()
+    name = row.image_id if empty.caption else f"{row.caption} ({row.image_id})"
+    return {
+        "image": one_line(name, _NAME_WIDTH),
+        "copies": "" if empty.copies else str(row.copies),
+        "status": row.status,
+        "score": shown_score(row),
+        "nats": _number(row.score_nats, 1),
+        "similarity": _number(row.best_similarity, 2),
+        "steps": str(row.steps),
+        "evaluations": str(row.evaluations_forward + row.evaluations_backward),
+    }
 
 
 def _one_in(row: pd.Series) -> str:

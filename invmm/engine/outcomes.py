@@ -20,6 +20,8 @@ class Status(StrEnum):
     """The replication probability was estimated; the score is -log p per latent dimension."""
     CENSORED = "CENSORED"
     """It lies below what the budget could resolve: no score, but an upper bound of p."""
+    SCORED = "SCORED"
+    """A membership score, which knows no threshold; lower means more like a training image."""
     DIVERGED = "DIVERGED"
     """A loss or a sample stopped being finite; lower the learning rate or use fp32."""
     FAILED = "FAILED"
@@ -29,7 +31,7 @@ class Status(StrEnum):
     @property
     def has_score(self) -> bool:
         """Whether a score was found."""
-        return self in (Status.REPLICATED, Status.ESTIMATED)
+        return self in (Status.REPLICATED, Status.ESTIMATED, Status.SCORED)
 
     @property
     def is_censored(self) -> bool:

@@ -70,8 +70,13 @@ def collect(run_dir: Path) -> pd.DataFrame:
 
 
 def has_score(frame: pd.DataFrame) -> pd.Series:
-    """Images with a score: replicated, or their probability estimated."""
+    """Images with a score: replicated, their probability estimated, or their membership scored."""
     return frame.status.isin([status.value for status in Status if status.has_score])
+
+
+def is_membership(frame: pd.DataFrame) -> bool:
+    """Whether the scores are membership scores, which know neither a threshold nor a budget."""
+    return bool((frame.status == Status.SCORED.value).any())
 
 
 def is_censored(frame: pd.DataFrame) -> pd.Series:
@@ -80,7 +85,7 @@ def is_censored(frame: pd.DataFrame) -> pd.Series:
 
 
 def ranked(frame: pd.DataFrame) -> pd.DataFrame:
-    """Most memorized first.
+    """Most memorized, or most like a training image, first.
 
     Images with a score by rising score, then censored ones by falling best similarity, then those
     without a result.

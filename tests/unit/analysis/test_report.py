@@ -181,3 +181,66 @@ def test_the_accounting_adds_up():
         "slots idle: 1.5 slot-seconds while images waited, 20.0% of all in the tail; 10.0% of the "
         "rows computed were padding",
     ]
+
+
+@pytest.fixture
+def scored_dir(tmp_path):
+    """A run of a membership score: two duplicated, one single, two held-out, one that diverged."""
+    with RunFolder.open(tmp_path / "scored", config={}, digest="d") as folder:
+        for name, copies, score in (("dup", 8, 1.5e-7), ("twice", 2, 0.0125), ("once", 1, 0.5),
+                                    ("out", 0, 0.25), ("far", 0, 12.0)):  # fmt: skip
+            result = Outcome(status=Status.SCORED, score=score)
+            written.write(folder, written.entry(name, copies), result, second_opinion=None)
+        diverged = Outcome(status=Status.DIVERGED, error="the score is nan")
+        written.write(folder, written.entry("nan", 1), diverged, second_opinion=None)
+    return tmp_path / "scored"
+
+
+def test_membership_scores_have_a_table_of_their_own(scored_dir):
+    header, rule, *lines = table(score_table([scored_dir])).splitlines()
+    assert header.split() == ["image", "copies", "status", "score", "evaluations"]
+    assert [line.split() for line in lines] == [
+        ["dup", "8", "SCORED", "1.5e-07", "0"], ["twice", "2", "SCORED", "0.0125", "0"],
+        ["out", "0", "SCORED", "0.25", "0"], ["once", "1", "SCORED", "0.5", "0"],
+        ["far", "0", "SCORED", "12", "0"], ["nan", "1", "DIVERGED", "0"],
+    ]  # fmt: skip
+    assert {len(line) for line in (header, rule, *lines)} == {len(header)}
+
+
+def test_membership_scores_are_summarised_by_quartiles_and_ranks(scored_dir):
+    assert summary(score_table([scored_dir])).splitlines() == [
+        "membership scores: lower is more like a training image",
+        "duplicated: median 0.00625 (quartiles 0.00313 to 0.00938) of 2",
+        "single: median 0.5 (quartiles 0.5 to 0.5) of 1",
+        "held_out: median 6.12 (quartiles 3.19 to 9.06) of 2",
+        "AUROC training against held_out: 0.833 (true positives at <= 1 % false ones: 67%)",
+        "AUROC duplicated against held_out: 1.000 (true positives at <= 1 % false ones: 100%)",
+        "DIVERGED nan: the score is nan",
+    ]
+
+
+def test_the_pictures_of_membership_scores(scored_dir, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: seen.append(figure))
+    frame = collect(scored_dir)
+    pictures.gallery(scored_dir, frame)
+    pictures.score_histogram(scored_dir, frame)
+    gallery, histogram = seen
+    assert gallery.get_suptitle() == "most like a training image first (1 more in scores.csv)"
+    assert [len(axis.images) for axis in gallery.axes] == [1] * 5
+    texts = [text.get_text() for axis in gallery.axes for text in axis.texts]
+    assert texts[0] == "dup, 8x in training\nscore 1.5e-07"
+    scores, censored = histogram.axes
+    assert scores.get_xlabel() == "membership score (lower: more like a training image)"
+    assert sum(patch.get_height() for patch in scores.patches) == 5
+    assert not censored.get_visible()
+
+
+def test_the_report_of_membership_scores_warns_of_nothing(scored_dir):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "AUROC training against held_out" in report(scored_dir)
+    stored = pd.read_parquet(scored_dir / "scores.parquet").set_index("image_id")
+    assert stored.score["twice"] == 0.0125
+    assert stored.loc["twice", ["score_nats", "best_similarity", "replication_rate"]].isna().all()
+    assert (stored.num_samples == 0).all()

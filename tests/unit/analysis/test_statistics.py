@@ -5,12 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from invmm.analysis.statistics import (
     auroc,
+    auroc_interval,
     image_groups,
+    median_interval,
     memorization_order,
     proportion,
+    rank_correlation,
+    success_curve,
     tpr_at_fpr,
 )
 
@@ -58,6 +63,14 @@ def test_auroc_counts_pairs_and_half_ties(positives, negatives, expected):
     assert auroc(np.array(positives), np.array(negatives)) == expected
 
 
+def test_auroc_is_that_of_scikit_learn():
+    generator = np.random.default_rng(0)
+    positives, negatives = generator.integers(0, 9, 40), generator.integers(0, 6, 70)
+    labels = np.repeat([1, 0], [40, 70])
+    expected = roc_auc_score(labels, np.concatenate([positives, negatives]))
+    assert auroc(positives, negatives) == pytest.approx(expected, abs=1e-12)
+
+
 def test_auroc_of_nothing_is_nothing():
     assert auroc(np.array([]), np.array([1.0])) is None
     assert tpr_at_fpr(np.array([1.0]), np.array([])) is None
@@ -93,3 +106,111 @@ def test_groups_follow_the_copies_then_the_split():
     assert image_groups(frame).tolist() == [
         "duplicated", "single", "held_out", "held_out", "unknown", "unknown",
     ]  # fmt: skip
+
+
+# Bootstrap ----------------------------------------------------------------------------------------
+
+
+def test_the_median_of_three_by_enumeration():
+    """Of 27 resamples 7 have the median 1, 13 have 2, 7 have 5: all inside the interval."""
+    found = median_interval(np.array([5.0, 1.0, 2.0]))
+    assert (found.value, found.low, found.high) == (2, 1, 5)
+    assert str(found) == "2 (95 % interval 1 to 5)"
+
+
+def test_an_auroc_of_four_images_by_enumeration():
+    """3 and 1 against 2 and 0: 1/16 of the resamples have 0, 5/16 or more have 1."""
+    found = auroc_interval(np.array([3.0, 1.0]), np.array([2.0, 0.0]))
+    assert (found.value, found.low, found.high) == (0.75, 0, 1)
+    every_tie = auroc_interval(np.ones(3), np.ones(4))
+    assert (every_tie.value, every_tie.low, every_tie.high) == (0.5, 0.5, 0.5)
+
+
+def test_images_of_a_duplicate_group_are_drawn_together():
+    """Groups {1, 1, 9} and {5}: the medians are 1, 5, or 3 of both together."""
+    found = median_interval(np.array([1.0, 5.0, 9.0, 1.0]), np.array(["a", "b", "a", "a"]))
+    assert (found.value, found.low, found.high) == (3, 1, 5)
+    unique = np.array([0.3, 1.0, 2.5, 2.7, 4.0, 9.0, 9.5, 12.0])
+    assert median_interval(np.repeat(unique, 9), np.repeat(np.arange(8), 9)) == median_interval(
+        unique
+    )
+    copies = (np.repeat(np.arange(4), 5), np.repeat(np.arange(4), 5))
+    sides = unique[::2], unique[1::2]
+    repeated = (np.repeat(sides[0], 5), np.repeat(sides[1], 5))
+    assert auroc_interval(*repeated, copies) == auroc_interval(*sides)
+    # as if they were forty images, one is surer than one should be
+    alone = auroc_interval(*repeated)
+    together = auroc_interval(*repeated, copies)
+    assert together.high - together.low > 1.5 * (alone.high - alone.low)
+
+
+def test_the_interval_of_a_median_covers_it():
+    """At 95 % of 200 draws, within three standard errors of such a count."""
+    generator = np.random.default_rng(0)
+    intervals = [median_interval(generator.normal(size=30), resamples=300) for _ in range(200)]
+    covered = sum(interval.low <= 0 <= interval.high for interval in intervals)
+    assert 0.90 <= covered / 200 <= 0.995
+
+
+def test_one_group_says_nothing_about_spread():
+    assert median_interval(np.array([1.0, 2.0]), np.array([7, 7])) is None
+    assert median_interval(np.array([])) is None
+    assert auroc_interval(np.array([1.0]), np.array([1.0, 2.0])) is None
+
+
+# Censoring ----------------------------------------------------------------------------------------
+
+
+def test_kaplan_meier_by_hand():
+    """A tie at 2 of one success and one that gave up, who was at risk until then."""
+    budgets = np.array([4, 2, 1, 3, 2])
+    curve = success_curve(budgets, np.array([False, True, True, True, False]))
+    assert curve.budgets.tolist() == [1, 2, 3, 4]
+    survival = [4 / 5, 4 / 5 * 3 / 4, 4 / 5 * 3 / 4 * 1 / 2]
+    assert (1 - curve.shares).tolist() == pytest.approx([*survival, survival[-1]])
+    # exponential Greenwood at 2: the variance of log(-log S) is sum d / (n (n - d)) / log(S)^2
+    half = 1.959964 * (1 / 20 + 1 / 12) ** 0.5 / abs(np.log(0.6))
+    assert curve.low[1] == pytest.approx(1 - 0.6 ** np.exp(-half), rel=1e-5)
+    assert curve.high[1] == pytest.approx(1 - 0.6 ** np.exp(half), rel=1e-5)
+
+
+def test_without_censoring_success_is_a_plain_share():
+    curve = success_curve(np.array([10, 30, 10, 20]), np.ones(4, bool))
+    assert curve.budgets.tolist() == [10, 20, 30]
+    assert curve.shares.tolist() == [0.5, 0.75, 1]
+
+
+def test_all_censored_is_no_success_and_not_a_failure():
+    curve = success_curve(np.array([600, 600]), np.zeros(2, bool))
+    assert (curve.budgets.tolist(), curve.shares.tolist()) == ([600], [0])
+    assert np.isnan(curve.low).all()
+    assert len(success_curve(np.array([]), np.array([])).shares) == 0
+
+
+def named(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
+    return frame.assign(image_id=list(names))
+
+
+def test_spearman_ranks_the_censored_last():
+    left = named(MIXED, *"abcde")  # with the tie-break d b c a e; else d b and a tie of c a e
+    right = named(
+        scores(("ESTIMATED", 1.0, 0.9), ("ESTIMATED", 2.0, 0.8), ("ESTIMATED", 3.0, 0.7),
+               ("CENSORED", None, 0.1), ("CENSORED", None, 0.2), ("FAILED", None, None)),
+        *"dbcaex",
+    )  # fmt: skip
+    # ranks 5 4 3 2 1 against 5 4 3 1 2: 1 - 6 * 2 / (5 * 24)
+    assert rank_correlation(left, right, tie_break=True) == pytest.approx(0.9)
+    # ranks 5 4 2 2 2 against 5 4 3 1.5 1.5: the correlation of ranks with ties
+    tied = np.corrcoef([5, 4, 2, 2, 2], [5, 4, 3, 1.5, 1.5])[0, 1]
+    assert rank_correlation(left, right, tie_break=False) == pytest.approx(tied)
+    assert rank_correlation(left, left, tie_break=False) == pytest.approx(1)
+
+
+def test_spearman_of_what_is_not_told_apart_is_nothing():
+    censored = named(scores(("CENSORED", None, 0.5), ("CENSORED", None, 0.2)), "a", "b")
+    scored = named(scores(("ESTIMATED", 1.0, 0.5), ("ESTIMATED", 2.0, 0.2)), "a", "b")
+    assert rank_correlation(censored, scored, tie_break=False) is None
+    assert rank_correlation(censored, scored, tie_break=True) == pytest.approx(1)
+    assert rank_correlation(scored, named(scored, "x", "y"), tie_break=True) is None
+    with pytest.raises(ValueError, match="image_id=a stands in a table twice"):
+        rank_correlation(named(scored, "a", "a"), scored, tie_break=True)

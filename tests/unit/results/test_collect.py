@@ -9,7 +9,15 @@ import pytest
 import written
 
 from invmm.engine.outcomes import Status
-from invmm.results.collect import COLUMNS, collect, ranked, score_table
+from invmm.results.collect import (
+    COLUMNS,
+    collect,
+    has_score,
+    is_censored,
+    is_membership,
+    ranked,
+    score_table,
+)
 from invmm.results.run_folder import RunFolder
 
 ASKED_FOR = [
@@ -104,3 +112,12 @@ def test_a_file_name_that_is_not_utf8_is_shown_escaped(tmp_path):
 def test_most_memorized_first(run_dir):
     order = ranked(score_table([run_dir])).image_id.tolist()
     assert order == ["many", "few", "held-near", "single", "held-far", "z-failed"]
+
+
+def test_every_status_is_with_a_score_censored_or_without_a_result():
+    frame = pd.DataFrame({"status": [status.value for status in Status]})
+    scored, censored = frame.status[has_score(frame)], frame.status[is_censored(frame)]
+    assert set(scored) == {"REPLICATED", "ESTIMATED", "SCORED"}
+    assert set(censored) == {"NOT_REPLICATED", "CENSORED"}
+    assert is_membership(frame)
+    assert not is_membership(frame[frame.status != "SCORED"])

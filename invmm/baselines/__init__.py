@@ -1,0 +1,1 @@
+"""Membership scores of others, to stand beside the measures of memorization."""
