@@ -44,15 +44,18 @@ def style() -> Iterator[None]:
             "axes.spines.right": False,
             "figure.dpi": 120,
             "savefig.bbox": "tight",
-            "svg.hashsalt": "invmm",
+            "pdf.fonttype": 42,
         }
     ):
         yield
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG without dates in it, and closes the figure."""
+def save_figure(figure: Figure, *paths: Path) -> tuple[Path, ...]:
+    """Writes it in the format of each path, without dates, closes it and returns the paths."""
     import matplotlib.pyplot as plt
 
-    figure.savefig(path, metadata={"Software": None})
+    undated = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Producer": None}}
+    for path in paths:
+        figure.savefig(path, metadata=undated[path.suffix])
     plt.close(figure)
+    return paths
