@@ -102,21 +102,22 @@ def text_unet(**options: Any) -> Any:
     })  # fmt: skip
 
 
-def stable_diffusion(prediction_type: str = "epsilon", **betas: Any) -> Any:
+def stable_diffusion(prediction_type: str = "epsilon", *, size: int = 8, **betas: Any) -> Any:
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline(
         vae=autoencoder(), text_encoder=text_encoder(projected=False), tokenizer=tokenizer(),
-        unet=text_unet(), scheduler=ddim(prediction_type, **{**SD_BETAS, **betas}),
+        unet=text_unet(sample_size=size),
+        scheduler=ddim(prediction_type, **{**SD_BETAS, **betas}),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
 
-def sdxl() -> Any:
+def sdxl(size: int = 8) -> Any:
     from diffusers import StableDiffusionXLPipeline
 
     unet = text_unet(
-        cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8,
+        sample_size=size, cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 16, use_linear_projection=True,
     )  # fmt: skip
     return StableDiffusionXLPipeline(
@@ -126,8 +127,25 @@ def sdxl() -> Any:
     )  # fmt: skip
 
 
-def sd3() -> Any:
-    """Without T5, as it may be used."""
+def t5() -> dict[str, Any]:
+    """T5's encoder and tokenizer, spelling words letter by letter."""
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    config = T5Config(
+        vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+        pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return {
+        "text_encoder_3": T5EncoderModel(config),
+        "tokenizer_3": T5TokenizerFast(
+            vocab=[*special, *((letter, -3.0) for letter in "\u2581" + LETTERS)], extra_ids=0
+        ),
+    }
+
+
+def sd3(*, with_t5: bool, size: int = 8) -> Any:
+    """T5 may be left out."""
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
@@ -135,7 +153,7 @@ def sd3() -> Any:
     )
 
     transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
+        sample_size=size, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
         attention_head_dim=8, num_attention_heads=2, joint_attention_dim=32,
         caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=8,
     )  # fmt: skip
@@ -144,7 +162,7 @@ def sd3() -> Any:
         vae=autoencoder(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=text_encoder(projected=True), tokenizer=tokenizer(),
         text_encoder_2=text_encoder(projected=True), tokenizer_2=tokenizer(),
-        text_encoder_3=None, tokenizer_3=None,
+        **(t5() if with_t5 else {"text_encoder_3": None, "tokenizer_3": None}),
     )  # fmt: skip
 
 
@@ -162,8 +180,11 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "ldm kl": lambda: ldm(autoencoder()),
     "dit": dit,
     "sd1 epsilon": stable_diffusion,
+    "sd1 24 pixels": lambda: stable_diffusion(size=12),
     "sd2 v": lambda: stable_diffusion("v_prediction"),
     "sd2 zero-snr": lambda: stable_diffusion("v_prediction", rescale_betas_zero_snr=True),
     "sdxl": sdxl,
-    "sd3": sd3,
+    "sdxl 24 pixels": lambda: sdxl(size=12),
+    "sd3": lambda: sd3(with_t5=False),
+    "sd3 t5 24 pixels": lambda: sd3(with_t5=True, size=12),
 }
