@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
 
 from invmm.cli.compose import digest_of
 from invmm.cli.recipes import MeasureConfig
+from invmm.data.dataset import DatasetRecipe
+from invmm.data.hub import NotReachedError
 from invmm.engine.outcomes import CostRange, Evaluations
+from invmm.models.adapter import ModelRecipe
 from invmm.models.cost import CallCost
+from invmm.models.known import is_from_table
+from invmm.models.loading import fetched
 from invmm.runtime.plan import Shard
+
+_LIBRARIES_BYTES = 2**30
+"""CUDA's own, and what cuDNN works in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +34,7 @@ class Plan:
         cost: of an image that is never replicated; others stop earlier.
         row: of one network evaluation.
         tflops: that a device sustains, None if nobody said.
+        recomputed: whether a backward pass begins with another forward one.
     """
 
     images: int
@@ -34,11 +43,13 @@ class Plan:
     cost: CostRange
     row: CallCost
     tflops: float | None
+    recomputed: bool = False
 
     @property
     def flop_at_most(self) -> float:
         """Of all images; a backward pass to the latents counts as one more forward."""
-        return float(self.images * self.cost.most.in_forwards * self.row.flop)
+        again = self.cost.most.backward if self.recomputed else 0
+        return float(self.images * (self.cost.most.in_forwards + again) * self.row.flop)
 
     @property
     def hours_at_most(self) -> float | None:
@@ -73,36 +84,104 @@ class Plan:
         return lines
 
 
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a run needs on each device, in bytes.
+
+    Attributes:
+        weights: of all parts of the model.
+        activations: held by a call of the denoiser with gradients and its backward pass.
+        rows: of that call.
+        decoding: most that a call of the autoencoder holds.
+        decoded: latents of that call.
+    """
+
+    weights: int
+    activations: int
+    rows: int
+    decoding: int
+    decoded: int
+
+    @property
+    def device(self) -> int:
+        """Weights and the larger call, a tenth more for what is not foreseen, and the libraries."""
+        most = self.weights + max(self.activations, self.decoding)
+        return int(1.1 * most) + _LIBRARIES_BYTES
+
+    def lines(self) -> list[str]:
+        """For people."""
+        parts = (
+            f"memory, beside the libraries: {_size(self.weights)} of weights and "
+            f"{_size(self.activations)} of activations ({self.rows} rows with gradients)"
+        )
+        if self.decoding:
+            parts += f"; {_size(self.decoding)} to decode {self.decoded} images"
+        return [parts, f"memory of a GPU: about {_size(self.device)}, a tenth and 1 GiB in reserve"]
+
+
 def describe(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
     """Config, images, evaluations, time and memory of a run. Loads no weights."""
     info = recipes.model.describe()
-    dataset = recipes.dataset.open(info.image_size)
+    images, remarks = _images(recipes.dataset, info.image_size)
     rows = 1 if recipes.engine.rows_denoise == "auto" else recipes.engine.rows_denoise
     call = recipes.model.call_cost(rows, recipes.execution)
     plan = Plan(
-        images=len(dataset.entries),
+        images=images,
         devices=recipes.trainer.devices,
         shards=Shard.parse(recipes.shard).count if recipes.shard else 1,
         cost=recipes.measurement.cost(recipes.sampler, recipes.replication),
-        row=CallCost(
-            activation_bytes=call.activation_bytes // rows,
-            flop=call.flop // rows,
-        ),
+        row=replace(call, activation_bytes=call.activation_bytes // rows, flop=call.flop // rows),
         tflops=recipes.trainer.tflops,
+        recomputed=recipes.execution.gradient_checkpointing,
     )
-    weights = "unknown" if info.weight_bytes is None else f"{info.weight_bytes / 2**20:.1f} MiB"
+    decoded = 1 if recipes.engine.rows_embed == "auto" else recipes.engine.rows_embed
+    memory = Memory(
+        weights=call.weight_bytes,
+        activations=call.activation_bytes,
+        rows=rows,
+        decoding=decoded * call.decode_bytes,
+        decoded=decoded,
+    )
     return "\n".join(
         (
             yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).strip(),
             "",
-            *(f"data set: {problem}" for problem in dataset.problems),
+            *remarks,
+            *_architecture(recipes.model),
             f"config digest: {digest_of(config)}",
             f"images: {plan.images:,} of {info.image_size}x{info.image_size} pixels",
             *plan.lines(),
-            f"memory, beside the libraries: {weights} of weights and "
-            f"{call.activation_bytes / 2**20:.1f} MiB of activations ({rows} rows with gradients)",
+            *memory.lines(),
         )
     )
+
+
+def _images(dataset: DatasetRecipe, size: int) -> tuple[int, list[str]]:
+    """How many images a run measures, and remarks on them.
+
+    Raises:
+        ValueError: the data set cannot be used, or is not here and nobody said how large it is.
+    """
+    try:
+        opened = dataset.open(size)
+    except NotReachedError as error:
+        if error.num_images is None:
+            raise
+        return error.num_images, [f"data set: not here, its size is taken as stated; {error}"]
+    return len(opened.entries), [f"data set: {problem}" for problem in opened.problems]
+
+
+def _architecture(model: ModelRecipe) -> list[str]:
+    """Says so if a model is known from the package's own table alone."""
+    path, revision = getattr(model, "path", None), getattr(model, "revision", None)
+    if path is None or not is_from_table(
+        fetched(path, revision=revision, variant=None, weights=False)
+    ):
+        return []
+    return [
+        f"model: architecture from the package's own table; {path} is not here, and the hub was "
+        "not reached or did not give it"
+    ]
 
 
 def _shown(cost: Evaluations) -> str:
@@ -110,3 +189,7 @@ def _shown(cost: Evaluations) -> str:
         f"{cost.forward:,} forward ({cost.sampler:,} of them in samplers) and "
         f"{cost.backward:,} backward"
     )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

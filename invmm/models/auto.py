@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 
 from invmm.diffusion.schedule import NoiseSchedule
 from invmm.models.adapter import ModelInfo, ModelRecipe
@@ -31,6 +32,7 @@ class AutoModel:
         lora: a safetensors file with LoRA weights, for models with a text encoder.
         noise_schedule: diffusers scheduler keys, for pixel models; a bare network needs them.
         posterior: see `LatentPipeline`.
+        image_size: see `LatentPipeline`.
         vae_slicing: see `LatentPipeline`.
         vae_tiling: see `LatentPipeline`.
     """
@@ -42,6 +44,7 @@ class AutoModel:
     lora: str | None = None
     noise_schedule: dict[str, Any] | None = None
     posterior: Posterior | None = None
+    image_size: Annotated[int, Ge(8)] | None = None
     vae_slicing: bool = False
     vae_tiling: bool = False
 
@@ -69,6 +72,7 @@ class AutoModel:
                 **common,
                 lora=self.lora,
                 posterior=self.posterior,
+                image_size=self.image_size,
                 vae_slicing=self.vae_slicing,
                 vae_tiling=self.vae_tiling,
             )
@@ -78,7 +82,7 @@ class AutoModel:
                 f"model.path={self.path} holds a {name}; supported are {known} and a bare "
                 "UNet2DModel folder"
             )
-        for option in ("lora", "posterior", "vae_slicing", "vae_tiling"):
+        for option in ("lora", "posterior", "image_size", "vae_slicing", "vae_tiling"):
             self._refuse(option, name or "UNet2DModel")
         return PixelUNet(**common, noise_schedule=self.noise_schedule)
 

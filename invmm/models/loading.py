@@ -10,9 +10,11 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from invmm.models.known import known_architecture
 from invmm.models.parts import SCHEDULERS, weight_faults
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
@@ -26,6 +28,7 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _MAX_JSON_BYTES = 1 << 20
+_WEIGHTS = ("diffusion_pytorch_model", "model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +129,29 @@ def fetched(path: str, *, revision: str | None, variant: str | None, weights: bo
         variant: of the weight files, such as fp16.
         weights: whether the weights must be there too.
 
+    Without its weights, a public model that the hub does not give comes from the package's own
+    table (`invmm.models.known`).
+
     Raises:
         ValueError: neither a folder nor a hub id, or the hub does not give it.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
+    if not weights and revision is None and known_architecture(path) is not None:
+        return _described(path)
     return _download(path, revision, variant if weights else None, weights=weights)
+
+
+@cache
+def _described(path: str) -> Path:
+    """The JSON files of a model of the table; the hub is asked once a process."""
+    try:
+        return _download(path, None, None, weights=False)
+    except ValueError:
+        known = known_architecture(path)
+        assert known is not None
+        return known
 
 
 def load_unet(folder: ModelFolder, *, variant: str | None, dtype: Any) -> Any:
@@ -211,9 +230,17 @@ def _download(path: str, revision: str | None, variant: str | None, *, weights: 
     patterns = ["*.json"]
     if weights:
         patterns += ["*/*.txt", "*/*.model"]  # of tokenizers
-        patterns.append(f"*.{variant}.safetensors" if variant else "*.safetensors")
+        files = [f"{name}.{variant}*" if variant else f"{name}*" for name in _WEIGHTS]
+        patterns += [f"{folder}{file}.safetensors" for folder in ("", "*/") for file in files]
+    # Some repositories hold the weights many times over: whole checkpoints, other precisions.
+    ignored = ["safety_checker/*.safetensors"]
+    ignored += [] if variant else [f"*{name}.*.safetensors" for name in _WEIGHTS]
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                path, revision=revision, allow_patterns=patterns, ignore_patterns=ignored
+            )
+        )
     except (OSError, HFValidationError, HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 
 from invmm.diffusion.schedule import NoiseSchedule
 from invmm.files import file_sha256
 from invmm.models.adapter import ModelInfo
 from invmm.models.codec import Posterior, pixels_per_latent
-from invmm.models.cost import CallCost, call_cost
+from invmm.models.cost import CallCost, call_cost, peak_bytes, weight_bytes
 from invmm.models.execution import Execution
 from invmm.models.latent import Dit, LatentDiffusion, LatentNetwork, latent_shape
 from invmm.models.loading import fetched, read_json
@@ -55,6 +56,7 @@ class LatentPipeline:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     lora: str | None = None
     posterior: Posterior | None = None
+    image_size: Annotated[int, Ge(8)] | None = None
     vae_slicing: bool = False
     vae_tiling: bool = False
 
@@ -62,15 +64,13 @@ class LatentPipeline:
         """Reads JSON only; see `ModelRecipe`."""
         folder = self._folder(weights=False)
         family = folder.network.family
-        config = folder.config(family.denoiser)
-        shape = latent_shape(config)
-        factor = pixels_per_latent(folder.config(family.autoencoder))
+        shape = self._latent_shape(folder)
         schedule = folder.scheduler()
         files = [file for files in self._weights(folder).values() for file in files]
         return ModelInfo(
             family=family.name,
             latent_shape=shape,
-            image_size=shape[1] * factor,
+            image_size=shape[1] * folder.pixels_per_latent,
             num_train_timesteps=schedule.get("num_train_timesteps", 1000),
             prediction_type=schedule.get("prediction_type", "epsilon"),
             weight_bytes=sum(file.stat().st_size for file in files) or None,
@@ -85,21 +85,26 @@ class LatentPipeline:
         """See `ModelRecipe`."""
         folder = self._folder(weights=False)
         family = folder.network.family
-        config = folder.config(family.denoiser)
+        shape, config = self._latent_shape(folder), folder.config(family.denoiser)
+        parts = {name: folder.blank(name) for name in self._weights(folder)}
+        denoiser, autoencoder = parts[family.denoiser], parts[family.autoencoder]
+        execution.configure(denoiser)
         with torch.device("meta"):
-            denoiser = part_class(folder.classes[family.denoiser]).from_config(dict(config))
-            denoiser.requires_grad_(False)
-            execution.configure(denoiser)
-            latents = torch.empty(rows, *latent_shape(config), requires_grad=True)
+            latents = torch.empty(rows, *shape, requires_grad=True)
             timesteps = torch.zeros(rows, dtype=torch.long)
             condition = folder.network.blank_condition(config, rows)
             cost = call_cost(
                 denoiser,
                 lambda: folder.network.evaluate(denoiser, latents, timesteps, condition),
+                attention=execution.attention,
             )
-        if self.dtype != "float32":
-            return replace(cost, activation_bytes=cost.activation_bytes // 2)
-        return execution.cost(cost)
+            one = torch.empty(1, *shape)
+            cost = replace(
+                cost,
+                weight_bytes=sum(map(weight_bytes, parts.values())),
+                decode_bytes=peak_bytes(autoencoder, lambda: autoencoder.decode(one).sample),
+            )
+        return execution.cost(cost) if self.dtype == "float32" else cost.in_half_precision()
 
     def load(self, device: torch.device) -> LatentNetwork:
         """Loads every part, checks that no weight is missing, freezes; see `ModelRecipe`."""
@@ -116,6 +121,8 @@ class LatentPipeline:
         if self.lora is not None:
             _add_lora(pipeline, self.lora)
         network = folder.network(pipeline, device, self.posterior)
+        network.latent_shape = self._latent_shape(folder)
+        network.image_size = network.latent_shape[1] * network.codec.factor
         if self.vae_slicing:
             network.codec.autoencoder.enable_slicing()
         if self.vae_tiling:
@@ -128,6 +135,24 @@ class LatentPipeline:
         files = [file for files in self._weights(folder).values() for file in files]
         found = {file.relative_to(folder.path).as_posix(): file_sha256(file) for file in files}
         return {**found, "lora": file_sha256(Path(self.lora))} if self.lora else found
+
+    def _latent_shape(self, folder: PipelineFolder) -> tuple[int, int, int]:
+        """(C, H, W) of a latent.
+
+        Raises:
+            ValueError: no latents stand for images of this size.
+        """
+        channels, side, _ = latent_shape(folder.config(folder.network.family.denoiser))
+        if self.image_size is None:
+            return channels, side, side
+        side, rest = divmod(self.image_size, folder.pixels_per_latent)
+        if rest:
+            raise ValueError(
+                f"model.image_size={self.image_size} is no multiple of the "
+                f"{folder.pixels_per_latent} pixels that a latent stands for; use "
+                f"{max(side, 1) * folder.pixels_per_latent}"
+            )
+        return channels, side, side
 
     def _folder(self, *, weights: bool) -> PipelineFolder:
         folder = open_pipeline(
@@ -173,6 +198,21 @@ class PipelineFolder:
     def config(self, part: str) -> Mapping[str, Any]:
         """The config.json of a part."""
         return read_json(self.path / part / "config.json")
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Side of the square of pixels that one latent stands for."""
+        return pixels_per_latent(self.config(self.network.family.autoencoder))
+
+    def blank(self, part: str) -> Any:
+        """A part on the meta device: its shapes without any weights."""
+        found, config = part_class(self.classes[part]), dict(self.config(part))
+        with torch.device("meta"):
+            if self.classes[part].startswith("diffusers."):
+                blank = found.from_config(config)
+            else:
+                blank = found(found.config_class.from_dict(config))
+        return blank.eval().requires_grad_(False)
 
     def scheduler(self) -> Mapping[str, Any]:
         """The scheduler's config, as it was trained."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,10 +89,12 @@ class PixelUNet:
             latents = torch.empty(rows, *_latent_shape(self.path, config), requires_grad=True)
             timesteps = torch.zeros(rows, dtype=torch.long)
             labels = timesteps if config.get("num_class_embeds") else None
-            cost = call_cost(unet, lambda: unet(latents, timesteps, labels).sample)
-        if self.dtype != "float32":
-            return replace(cost, activation_bytes=cost.activation_bytes // 2)
-        return execution.cost(cost)
+            cost = call_cost(
+                unet,
+                lambda: unet(latents, timesteps, labels).sample,
+                attention=execution.attention,
+            )
+        return execution.cost(cost) if self.dtype == "float32" else cost.in_half_precision()
 
     def load(self, device: torch.device) -> PixelNetwork:
         """Loads, freezes and moves the network; see `ModelRecipe`."""

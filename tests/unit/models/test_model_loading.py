@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import tiny
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from invmm.models.pixel import PixelUNet
@@ -184,12 +187,33 @@ def test_a_hub_that_cannot_be_reached_says_so(monkeypatch, tmp_path):
         PixelUNet(path="someone/ddpm").describe()
 
 
+NAMES = (
+    "diffusion_pytorch_model.safetensors",  # where parts lie side by side
+    "pytorch_model.bin",
+    "safety_checker/model.safetensors",
+    "sd_xl_base_1.0.safetensors",
+    "text_encoder/model-00001-of-00002.safetensors",
+    "text_encoder/model.fp16-00001-of-00002.safetensors",
+    "text_encoders/t5xxl_fp16.safetensors",
+    "tokenizer/merges.txt",
+    "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "unet/diffusion_pytorch_model.safetensors",
+)
+
+
 def test_a_hub_id_is_described_from_json_and_loaded_from_safetensors(whole, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    asked = []
+    asked, fetched = [], []
 
-    def fetch(name, *, revision, allow_patterns):
-        asked.append((name, revision, sorted(allow_patterns)))
+    def fetch(name, *, revision, allow_patterns, ignore_patterns):
+        asked.append((name, revision))
+        offered = ["model_index.json", *NAMES]
+        chosen = filter_repo_objects(
+            offered, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        fetched.append(sorted(chosen))
         return str(whole)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
@@ -197,7 +221,21 @@ def test_a_hub_id_is_described_from_json_and_loaded_from_safetensors(whole, monk
     info = recipe.describe()
     assert info.weight_bytes is None
     assert info.latent_shape == (3, 8, 8)
-    assert asked == [("someone/ddpm", "abc", ["*.json"])]
+    assert fetched == [["model_index.json"]]
     recipe.load(CPU)
-    of_tokenizers = ["*/*.model", "*/*.txt"]
-    assert asked[1] == ("someone/ddpm", "abc", ["*.json", "*.safetensors", *of_tokenizers])
+    assert set(asked) == {("someone/ddpm", "abc")}
+    assert fetched[1] == [
+        "diffusion_pytorch_model.safetensors",
+        "model_index.json",
+        "text_encoder/model-00001-of-00002.safetensors",
+        "tokenizer/merges.txt",
+        "unet/diffusion_pytorch_model.safetensors",
+    ]
+    with suppress(ValueError):  # the folder has no such weights
+        replace(recipe, variant="fp16").load(CPU)
+    assert fetched[-1] == [
+        "model_index.json",
+        "text_encoder/model.fp16-00001-of-00002.safetensors",
+        "tokenizer/merges.txt",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+    ]

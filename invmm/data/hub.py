@@ -1,0 +1,367 @@
+"""Data sets of the Hugging Face hub, parquet files and image folders, by the library `datasets`.
+
+Nothing of a data set is trusted: only parquet files that are named one by one are read, a README
+that points elsewhere has no say, images are decoded by `invmm.data.images`, and a row that holds a
+path or URL instead of an image's bytes is refused.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from annotated_types import Ge, MinLen
+
+from invmm.data.dataset import (
+    ImageEntry,
+    ImageError,
+    LoadedImage,
+    Split,
+    check_selection,
+    select,
+)
+from invmm.data.folder import ImageFolder, OpenFolder
+from invmm.data.images import MIN_SIDE, Resize, load_image
+from invmm.data.openmoji import cache_folder
+from invmm.files import json_digest, write_atomically
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+class NotReachedError(ValueError):
+    """A data set is not on this machine and could not be fetched.
+
+    Args:
+        reason: with key, value and cure.
+        num_images: how many it would give, None if nobody said.
+    """
+
+    def __init__(self, reason: str, num_images: int | None) -> None:
+        super().__init__(reason)
+        self.num_images = num_images
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubImages:
+    """Images of a data set on the hub, or of parquet files or an image folder on this machine.
+
+    Attributes:
+        path: a hub id such as uoft-cs/cifar10, a parquet file, a folder of them, or an image
+            folder (see `ImageFolder`; columns and split have no meaning there).
+        name: the configuration, where a data set has several.
+        revision: of a hub repository; its parquet copy is refs/convert/parquet.
+        split: as in the names of the files: train-00000-of-00001.parquet or train/0000.parquet.
+        image: column of the images.
+        caption: column of the prompts; null for none.
+        label: column of the class numbers; null for none.
+        id_column: column of unique ids; null counts the rows: train-000000, train-000001, ...
+        first: only so many rows from the beginning.
+        rows: only the rows with these numbers, counted from 0.
+        streaming: fetch only the rows of `first` or `rows`, not whole files.
+        seen: whether the model was trained on them: train, held_out or unknown.
+        num_images: how many there are, for dry runs on a machine without them.
+        size: side of the loaded images; null takes the model's.
+        resize: what happens to images that are not square: crop, squash or pad (on white).
+        ids: measure only these.
+        take: measure at most so many of each group: duplicated, single, held_out.
+
+    Raises:
+        ValueError: contradictory selections.
+    """
+
+    path: Annotated[str, MinLen(1)]
+    name: str | None = None
+    revision: str | None = None
+    split: Annotated[str, MinLen(1)] = "train"
+    image: Annotated[str, MinLen(1)] = "image"
+    caption: str | None = None
+    label: str | None = None
+    id_column: str | None = None
+    first: Annotated[int, Ge(1)] | None = None
+    rows: Annotated[list[Annotated[int, Ge(0)]], MinLen(1)] | None = None
+    streaming: bool = False
+    seen: Split = "unknown"
+    num_images: Annotated[int, Ge(1)] | None = None
+    size: Annotated[int, Ge(MIN_SIDE)] | None = None
+    resize: Resize = "crop"
+    ids: list[str] | None = None
+    take: dict[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        check_selection(self.ids, self.take)
+        if self.first is not None and self.rows is not None:
+            raise ValueError("dataset.first and dataset.rows exclude each other; give one of them")
+        if self.rows is not None and len(set(self.rows)) < len(self.rows):
+            raise ValueError(f"dataset.rows={self.rows} names a row twice; name it once")
+        if self.streaming and self.first is None and self.rows is None:
+            raise ValueError(
+                "dataset.streaming=true fetches single rows; give dataset.first or dataset.rows"
+            )
+
+    def open(self, size: int) -> OpenRows | OpenFolder:
+        """Reads captions, labels and ids; no image is decoded.
+
+        Raises:
+            ValueError: not there, no parquet files of the split, or a column that is not there.
+        """
+        root = Path(self.path).expanduser()
+        if root.is_dir() and not any(root.rglob("*.parquet")):
+            return self._image_folder(size)
+        files, problems = self._files(root)
+        if self.streaming:
+            files, numbers = [self._streamed(files)], self._wanted(None)
+            table = self._table(files)
+        else:
+            table = self._table(files)
+            numbers = self._wanted(len(table))
+            table = table.select(numbers)
+        entries = self._entries(table, numbers)
+        return OpenRows(
+            entries=select(entries, ids=self.ids, take=self.take),
+            problems=problems,
+            size=self.size or size,
+            resize=self.resize,
+            everything=entries,
+            table=table.select_columns([self.image]),
+            source=f"data set {self.path}",
+        )
+
+    def _image_folder(self, size: int) -> OpenFolder:
+        opened = ImageFolder(path=self.path, size=self.size, resize=self.resize).open(size)
+        numbers = self._wanted(len(opened.entries))
+        entries = [opened.entries[number] for number in numbers]
+        if self.seen != "unknown":
+            entries = [e if e.copies is not None else replace(e, split=self.seen) for e in entries]
+        return replace(
+            opened, entries=select(entries, ids=self.ids, take=self.take), everything=entries
+        )
+
+    def _wanted(self, count: int | None) -> list[int]:
+        """Numbers of the chosen rows of so many; None believes `first` and `rows`."""
+        chosen = range(self.first) if self.first is not None else self.rows
+        if count is None:
+            return list(chosen or ())
+        if chosen is None:
+            return list(range(count))
+        if (last := max(chosen)) >= count:
+            key = f"first={self.first}" if self.first is not None else f"rows up to {last}"
+            raise ValueError(f"dataset.{key} asks for more than the {count} rows of {self.path}")
+        return list(chosen)
+
+    def _files(self, root: Path) -> tuple[list[str], list[str]]:
+        """Names of the parquet files of the split, and remarks on those that are left out."""
+        if root.is_file():
+            return [str(root.resolve())], []
+        if root.is_dir():
+            inside = {
+                path.relative_to(root).as_posix(): path
+                for path in sorted(root.rglob("*.parquet"))
+                if path.resolve().is_relative_to(root.resolve())
+            }
+            left_out = sum(1 for _ in root.rglob("*.parquet")) - len(inside)
+            problems = [f"{left_out} parquet files are links that lead out of the data folder"]
+            chosen = self._of_split(list(inside))
+            return [str(inside[name].resolve()) for name in chosen], problems * bool(left_out)
+        if not _HUB_ID.fullmatch(self.path):
+            raise self._not_reached("is no file or folder here and no hub id (owner/name)")
+        return self._fetched(), []
+
+    def _fetched(self) -> list[str]:
+        """The files of a hub repository; on disk, or their addresses for streaming."""
+        from huggingface_hub import HfApi, snapshot_download
+
+        try:
+            if self.streaming:
+                info = HfApi().dataset_info(self.path, revision=self.revision)
+                start = f"hf://datasets/{self.path}@{info.sha}/"
+                names = [file.rfilename for file in info.siblings or ()]
+            else:
+                root = snapshot_download(
+                    self.path,
+                    repo_type="dataset",
+                    revision=self.revision,
+                    allow_patterns=[f"{self.name or ''}*{self.split}*.parquet"],
+                )
+                start = f"{root}/"
+                names = [path.relative_to(root).as_posix() for path in Path(root).rglob("*.*")]
+        except Exception as error:  # whatever the network makes the client raise
+            reason = str(error).strip().splitlines()[0]
+            raise self._not_reached(
+                f"is no file or folder here and could not be fetched from the hub ({reason}); a "
+                "gated data set needs `hf auth login` first; elsewhere, `hf download --repo-type "
+                f"dataset {self.path} --local-dir FOLDER` makes a folder for dataset.path"
+            ) from error
+        return [start + name for name in self._of_split(names)]
+
+    def _of_split(self, names: Sequence[str]) -> list[str]:
+        """The parquet files of the split and configuration.
+
+        Raises:
+            ValueError: none, or those of several configurations.
+        """
+        chosen = {}
+        for name in sorted(name for name in names if name.endswith(".parquet")):
+            path = PurePosixPath(name)
+            folders = [part for part in path.parts[:-1] if part != self.split]
+            is_of_split = re.match(rf"{re.escape(self.split)}\b", path.name)
+            if (is_of_split or self.split in path.parts) and self.name in (None, *folders):
+                chosen[name] = "/".join(folders)
+        where = f"dataset.path={self.path}"
+        if not chosen:
+            seen = ", ".join(sorted(names)[:5]) or "none"
+            raise ValueError(
+                f"{where} has no parquet files of dataset.split={self.split} and dataset.name="
+                f"{self.name or 'null'} (files: {seen}); on the hub, "
+                "dataset.revision=refs/convert/parquet has those of any data set"
+            )
+        if len(configurations := sorted(set(chosen.values()))) > 1:
+            raise ValueError(
+                f"{where} holds several configurations; give dataset.name, one of "
+                f"{', '.join(configurations)}"
+            )
+        return list(chosen)
+
+    def _streamed(self, files: Sequence[str]) -> str:
+        """A parquet file with the chosen rows alone, kept in the cache."""
+        wanted = self._wanted(None)
+        key = {
+            "files": [(file, _version(file)) for file in files],
+            "columns": self._columns,
+            "rows": wanted,
+        }
+        cache = cache_folder() / f"rows-{json_digest(key)}.parquet"
+        if not cache.is_file():
+            last, count, kept = max(wanted), 0, {}
+            with self._readable() as datasets:
+                for row in self._load(datasets, files, streaming=True).take(last + 1):
+                    if count in wanted:
+                        kept[count] = row
+                    count += 1
+            content = io.BytesIO()
+            rows = datasets.Dataset.from_list([kept[number] for number in self._wanted(count)])
+            rows.cast_column(self.image, datasets.Image(decode=False)).to_parquet(content)
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cache, content.getvalue())
+        return str(cache)
+
+    def _table(self, files: Sequence[str]) -> Any:
+        """A memory-mapped table of the columns that are needed."""
+        import pyarrow.parquet
+
+        try:
+            there = pyarrow.parquet.read_schema(files[0]).names
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{files[0]} is no parquet file: {error}") from error
+        for key in ("image", "caption", "label", "id_column"):
+            column = getattr(self, key)
+            if column is not None and column not in there:
+                raise ValueError(
+                    f"dataset.{key}={column} is no column of {self.path}; there are "
+                    f"{', '.join(there)}"
+                )
+        with self._readable() as datasets:
+            return self._load(datasets, files, streaming=False)
+
+    def _load(self, datasets: Any, files: Sequence[str], *, streaming: bool) -> Any:
+        table = datasets.load_dataset(
+            "parquet",
+            data_files={"train": [glob.escape(file) for file in files]},
+            split="train",
+            columns=self._columns,
+            streaming=streaming,
+        )
+        return table.cast_column(self.image, datasets.Image(decode=False))
+
+    @contextmanager
+    def _readable(self) -> Iterator[Any]:
+        """The library; what it raises becomes a fault of the data set.
+
+        Raises:
+            ValueError: with one line, or the library is not installed.
+        """
+        try:
+            import datasets
+        except ImportError:
+            raise ValueError(
+                f"dataset.path={self.path} needs the package datasets; install it by `pip install "
+                "'invmm[data]'`"
+            ) from None
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
+        try:
+            yield datasets
+        except Exception as error:  # whatever a foreign file makes it raise
+            reason = " ".join(str(error.__cause__ or error).split())[:400]
+            raise ValueError(f"dataset.path={self.path} cannot be read: {reason}") from error
+
+    @property
+    def _columns(self) -> list[str]:
+        named = (self.image, self.caption, self.label, self.id_column)
+        return list(dict.fromkeys(column for column in named if column))
+
+    def _entries(self, table: Any, numbers: Sequence[int]) -> list[ImageEntry]:
+        def column(name: str | None) -> Sequence[Any]:
+            return table[name][:] if name else [None] * len(numbers)
+
+        counted = [f"{self.split}-{number:06d}" for number in numbers]
+        names = [str(value) for value in column(self.id_column)] if self.id_column else counted
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"dataset.id_column={self.id_column} holds an id twice; use dataset.id_column=null"
+            )
+        captions, labels = column(self.caption), column(self.label)
+        return [
+            ImageEntry(
+                image_id=image_id,
+                path=f"{self.path}#{place}",
+                caption=caption if isinstance(caption, str) and caption else None,
+                label=label if type(label) is int and label >= 0 else None,
+                split=self.seen,
+                copies=0 if self.seen == "held_out" else None,
+            )
+            for place, (image_id, caption, label) in enumerate(
+                zip(names, captions, labels, strict=True)
+            )
+        ]
+
+    def _not_reached(self, what: str) -> NotReachedError:
+        count = len(self.ids or self.rows or ()) or self.first or self.num_images
+        return NotReachedError(f"dataset.path={self.path} {what}", count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenRows:
+    """See `ImageDataset`."""
+
+    entries: Sequence[ImageEntry]
+    problems: Sequence[str]
+    size: int
+    resize: Resize
+    everything: Sequence[ImageEntry]
+    table: Any
+    source: str
+
+    def load(self, entry: ImageEntry) -> LoadedImage:
+        """See `ImageDataset`; a path or URL in a row is never opened."""
+        image = self.table[int(entry.path.rpartition("#")[2])]
+        (value,) = image.values()
+        if not value or not value.get("bytes"):
+            raise ImageError("the row does not hold an image's bytes; a path in it is not followed")
+        return load_image(value["bytes"], size=self.size, resize=self.resize)
+
+    def training_entries(self) -> list[ImageEntry]:
+        """All rows, one copy each, if they were not held out."""
+        return [replace(e, copies=1) for e in self.everything if e.split != "held_out"]
+
+
+def _version(file: str) -> list[int]:
+    """What changes with a file of this machine; an address on the hub holds its commit."""
+    return [] if "://" in file else [os.stat(file).st_size, os.stat(file).st_mtime_ns]
