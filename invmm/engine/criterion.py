@@ -20,8 +20,11 @@ class ReplicationCriterion:
         early_exit: draw samples in rounds of 1, 1, 2, 4, ... and stop at the first that fails.
             The decision is the same, since one failure decides; most checks then cost an eighth
             (ours).
+        num_confirm: fresh samples of a distribution that has passed, for its rate, the exact
+            interval and the certificate; they change no score. 0 draws none (ours).
     """
 
     threshold: Annotated[float, Ge(-1), Le(1)] = 0.5
     num_samples: Annotated[int, Ge(1)] = 8
     early_exit: bool = True
+    num_confirm: Annotated[int, Ge(0)] = 64

@@ -10,7 +10,7 @@ from importlib.resources import files
 import pytest
 import tiny
 
-COMMANDS = ["measure", "train", "threshold", "collect"]
+COMMANDS = ["measure", "train", "threshold", "collect", "verify"]
 
 
 def help_of(module: str, tmp_path) -> str:

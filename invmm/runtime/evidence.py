@@ -1,0 +1,140 @@
+"""What a verification rests on: manifest, records, distributions and the model, each checked."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from invmm.engine.outcomes import Status
+from invmm.models.borrowed import BorrowedModel
+from invmm.models.execution import LoadedNetwork
+from invmm.models.latent import LatentNetwork
+from invmm.results.records import read_records
+from invmm.results.run_folder import differences
+from invmm.runtime.plan import MeasureRun
+
+CHECKS = "curve/similarity_step"
+"""Of a record's arrays: one value a check."""
+SEARCHED = frozenset({Status.REPLICATED, Status.NOT_REPLICATED, Status.DIVERGED, Status.FAILED})
+"""How a search for a noise distribution can end."""
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any]:
+    """The manifest of a run.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    path = run_dir / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        missing = {"inputs", "config", "config_digest"} - manifest.keys()
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; give the folder of a run") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if missing:
+        raise ValueError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
+    return manifest
+
+
+def chosen_records(run_dir: Path, image_ids: Sequence[str]) -> list[dict[str, Any]]:
+    """The records to verify; all of them if no image is named.
+
+    Raises:
+        ValueError: none that could be.
+    """
+    records = read_records(run_dir)
+    if not records:
+        raise ValueError(f"{run_dir} holds no records; give the folder of a run")
+    if others := sorted({record["status"] for record in records} - SEARCHED):
+        raise ValueError(
+            f"{run_dir} holds {' and '.join(others)} records without noise distributions to draw "
+            "from; only measurement=inversion leaves those"
+        )
+    by_id = {record["image_id"]: record for record in records}
+    for image_id in image_ids:
+        if image_id not in by_id:
+            near = difflib.get_close_matches(image_id, by_id, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{run_dir} has no record of {image_id}{hint}")
+    return [by_id[image_id] for image_id in dict.fromkeys(image_ids)] or records
+
+
+def saved_tensors(folder: Path, latent_shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """The distribution that was found, and the steps at which it was checked.
+
+    Args:
+        folder: of the record.
+        latent_shape: (C, H, W) of the model.
+
+    Raises:
+        ValueError: they are not all there, or not what a model of this shape can draw with.
+    """
+    path = folder / "arrays.safetensors"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        fault = "missing" if isinstance(error, FileNotFoundError) else f"damaged: {error}"
+        raise ValueError(f"its {path.name} is {fault}") from error
+    for name in ("mean", "log_variance", CHECKS):
+        if name not in tensors:
+            raise ValueError(f"its {path.name} has no {name}")
+    for name in ("mean", "log_variance"):
+        shape = tuple(tensors[name].shape)
+        if shape != tuple(latent_shape):
+            raise ValueError(f"its {name} has the shape {shape}, latents have {latent_shape}")
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"its {name} is not finite")
+    return tensors
+
+
+def checked_network(
+    run: MeasureRun, manifest: Mapping[str, Any], device: torch.device
+) -> LoadedNetwork:
+    """The model, once it and the similarity network are known to be those of the run.
+
+    Args:
+        run: the recipes, the model wherever it is now.
+        manifest: of the run.
+        device: of the network.
+
+    Raises:
+        ValueError: they are not.
+    """
+    inputs = manifest["inputs"]
+    was_in_memory = "_target_" not in manifest["config"]["model"]
+    changed = differences(inputs["similarity"], run.replication.similarity.identity(), "similarity")
+    if not was_in_memory:
+        changed += differences(inputs["model"], run.model.fingerprint(), "model")
+    _refuse(run.run_dir, changed)
+    network = run.model.load(device)
+    if was_in_memory:
+        _refuse(run.run_dir, _differences_in_memory(inputs["model"], network))
+    return network
+
+
+def _refuse(run_dir: Path, changed: Sequence[str]) -> None:
+    if changed:
+        raise ValueError(f"{run_dir} was measured with other inputs ({'; '.join(changed)})")
+
+
+def _differences_in_memory(stored: Mapping[str, str], network: LoadedNetwork) -> list[str]:
+    """As `differences`, for a run whose model was a pipeline in memory."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    if isinstance(network, LatentNetwork):
+        pipeline, ignored = network.pipeline, network.family.ignored
+    else:
+        unet: Any = network.denoiser
+        pipeline, ignored = DDPMPipeline(unet, DDPMScheduler()), ()
+    needed = {name: digest for name, digest in stored.items() if name not in ignored}
+    return differences(needed, BorrowedModel(pipeline).fingerprint(), "model")

@@ -1,0 +1,336 @@
+"""`invmm-verify` on a run of a tiny real model, honest and tampered with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pipelines
+import pytest
+import tiny
+import torch
+import written
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import invmm
+from invmm.cli import measure, verify
+from invmm.data.dataset import LoadedImage
+from invmm.data.images import load_image, to_pixels
+from invmm.engine.outcomes import Outcome, Status
+from invmm.inversion.frequency import to_frequencies
+from invmm.results.records import read_records
+from invmm.results.run_folder import RunFolder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """The finished run, copied."""
+    return shutil.copytree(finished[0], tmp_path / "copied")
+
+
+@pytest.fixture
+def verified(run, monkeypatch, capsys):
+    """Runs the command on a folder; (exit code, output, verification.json by image id)."""
+
+    def verified(*arguments: object, folder: Path = run):
+        monkeypatch.setattr(sys, "argv", ["invmm-verify", str(folder), *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            verify.main()
+        captured = capsys.readouterr()
+        path = folder / "verification.json"
+        report = json.loads(path.read_bytes()) if path.exists() else {"images": []}
+        by_id = {image["image_id"]: image for image in report["images"]}
+        return ended.value.code, captured.out + captured.err, by_id
+
+    return verified
+
+
+def replicated(run: Path) -> dict:
+    return next(r for r in read_records(run) if r["status"] == "REPLICATED" and r["score"] > 0)
+
+
+def tamper(run: Path, record: dict, **changes) -> None:
+    path = run / "records" / record["folder"] / "record.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **changes}))
+
+
+def tamper_arrays(run: Path, record: dict, change) -> None:
+    path = run / "records" / record["folder"] / "arrays.safetensors"
+    arrays = load_file(path)
+    change(arrays)
+    save_file(arrays, path)
+
+
+def test_a_run_holds_and_says_so(run, verified):
+    before = tiny.records(run)
+    code, output, images = verified()
+    assert code == 0, output
+    assert tiny.records(run) == before
+    table = {record["image_id"]: record for record in read_records(run)}
+    assert images.keys() == table.keys()
+    for image_id, image in images.items():
+        if table[image_id]["status"] != "REPLICATED":
+            assert image["verdict"] == "NO_SCORE"
+            continue
+        assert image["verdict"] == "HOLDS"
+        assert image["pixels_from"] == "data set"
+        assert image["fresh"]["kl_nats"] == pytest.approx(table[image_id]["score_nats"], rel=1e-5)
+        similarities = np.array(image["fresh"]["similarities"])
+        assert len(similarities) == 64
+        assert (similarities >= 0.05).sum() == image["fresh"]["confirm_passed"]
+        assert f"{image['fresh']['confirm_passed']} of 64" in output
+
+
+def test_other_samples_by_another_seed_the_same_by_the_same(run, verified):
+    record = replicated(run)
+    drawn = []
+    for seed in (1, 1, 0, 2):
+        arguments = (record["image_id"], "--seed", seed, "--num-samples", 5)
+        _, _, images = verified(*arguments)
+        assert list(images) == [record["image_id"]]
+        drawn.append(images[record["image_id"]]["fresh"]["similarities"])
+    assert drawn[0] == drawn[1]
+    assert len({str(similarities) for similarities in drawn}) == 3
+
+
+def test_a_tampered_distribution(run, verified):
+    record = replicated(run)
+    image = to_pixels(Image.open(run / "records" / record["folder"] / "target.png"))
+    away = image.mean() - image
+    tamper_arrays(run, record, lambda arrays: arrays.update(
+        mean=(away * arrays["mean"].norm() / away.norm()).contiguous()
+    ))  # fmt: skip
+    code, _, images = verified(record["image_id"])
+    assert code == 1
+    # Its KL is that of the one that was found, but what is drawn from it is no replica.
+    [reason] = images[record["image_id"]]["reasons"]
+    assert reason.startswith("3 of 3")
+    assert "0 of 64 fresh ones" in reason
+    tamper_arrays(run, record, lambda arrays: arrays["mean"].mul_(1.01))
+    code, output, images = verified(record["image_id"])
+    assert code == 1
+    assert "the KL of the saved distribution" in output
+    assert images[record["image_id"]]["verdict"] == "FAILS"
+
+
+@pytest.mark.parametrize("name", ["score", "score_nats", "replication_rate"])
+def test_a_tampered_number(name, run, verified):
+    record = replicated(run)
+    tamper(run, record, **{name: 0.99 * record[name]})
+    code, output, images = verified()
+    assert code == 1
+    assert f"{name} is " in output
+    verdicts = [image["verdict"] for image in images.values()]
+    assert verdicts.count("FAILS") == 1
+    assert images[record["image_id"]]["verdict"] == "FAILS"
+
+
+def test_another_model_is_refused_and_the_moved_one_is_not(run, model, verified, tmp_path):
+    other = tiny.save_model(tmp_path / "other", seed=1)
+    code, output, images = verified("--model", other)
+    assert (code, images) == (2, {})
+    assert "was measured with other inputs (model.unet/diffusion_pytorch_model" in output
+    code, output, _ = verified("--model", tmp_path / "nowhere")
+    assert code == 2
+    assert "no folder here" in output
+    assert "--model FOLDER says where the model is now" in output
+    moved = shutil.copytree(model, tmp_path / "moved")
+    assert verified("--model", moved)[0] == 0
+
+
+def test_another_image_is_not_taken_for_it(finished, model, images, verified, tmp_path):
+    copied = shutil.copytree(images, tmp_path / "images")
+    run_dir = tmp_path / "run"
+    assert tiny.invmm(tiny.command(model, copied, run_dir)).returncode == 0
+    record = replicated(run_dir)
+    Image.new("RGB", (8, 8), "red").save(copied / record["image_id"])
+    code, output, found = verified(folder=run_dir)
+    assert code == 2
+    assert f"had the SHA-256 {record['sha256']} and has" in output
+    assert found[record["image_id"]]["verdict"] == "UNVERIFIED"
+    # A record that can be checked and does not hold weighs more than one that cannot be.
+    others = [r for r in read_records(run_dir) if r["status"] == "REPLICATED"]
+    tamper(run_dir, others[-1], score=9.0)
+    assert verified(folder=run_dir)[0] == 1
+    # Without the data set the record's own picture stands in.
+    (copied / record["image_id"]).unlink()
+    code, output, found = verified(record["image_id"], folder=run_dir)
+    assert code == 0, output
+    assert "not in the data set here: 1" in output
+    from_picture = found[record["image_id"]]
+    assert from_picture["pixels_from"] == "target.png"
+    shutil.rmtree(copied)
+    assert verified(record["image_id"], folder=run_dir)[0] == 0
+    # The similarities are those with the image itself.
+    _, _, found = verified(record["image_id"], folder=shutil.copytree(finished[0], tmp_path / "c"))
+    expected = found[record["image_id"]]
+    assert expected["pixels_from"] == "data set"
+    assert from_picture["fresh"] == expected["fresh"]
+
+
+def test_the_picture_of_a_record_holds_the_very_pixels(tmp_path):
+    values = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    loaded = LoadedImage(pixels=to_pixels(Image.fromarray(values)), sha256="ab" * 32)
+    with RunFolder.open(tmp_path, config=written.CONFIG, digest=written.DIGEST) as folder:
+        written.write(folder, written.entry("it"), Outcome(status=Status.FAILED), loaded=loaded)
+        content = (folder.record_folder("it") / "target.png").read_bytes()
+    assert torch.equal(load_image(content, size=16, resize="crop").pixels, loaded.pixels)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda arrays: arrays.pop("log_variance"), "has no log_variance"),
+    (lambda arrays: arrays.pop("curve/similarity_step"), "has no curve/similarity_step"),
+    (lambda arrays: arrays.update(mean=arrays["mean"][:1].clone()), "its mean has the shape (1,"),
+    (lambda arrays: arrays["mean"][0, 0].fill_(float("nan")), "its mean is not finite"),
+    (lambda arrays: arrays.update(prompt_ids=arrays["mean"].clone()), "its prompt was searched"),
+])  # fmt: skip
+def test_arrays_that_cannot_be_drawn_from(change, words, run, verified):
+    record = replicated(run)
+    tamper_arrays(run, record, change)
+    code, output, images = verified(record["image_id"])
+    assert code == 2
+    assert words in output
+    assert images[record["image_id"]]["verdict"] == "UNVERIFIED"
+
+
+def test_missing_and_damaged_files(run, verified):
+    record = replicated(run)
+    place = run / "records" / record["folder"]
+    (place / "arrays.safetensors").write_bytes(b"nothing")
+    assert "its arrays.safetensors is damaged" in verified()[1]
+    (place / "arrays.safetensors").unlink()
+    code, output, _ = verified()
+    assert code == 2
+    assert "its arrays.safetensors is missing" in output
+    (place / "record.json").write_text("{")
+    code, output, images = verified()
+    assert code == 2
+    assert "record.json cannot be read" in output
+    assert images[record["folder"]]["verdict"] == "UNVERIFIED"
+
+
+def test_a_guidance_scale_that_the_run_never_used(run, verified):
+    record = replicated(run)
+    tamper(run, record, columns={"guidance_scale": 7.0})
+    code, output, _ = verified(record["image_id"])
+    assert code == 2
+    assert "guidance_scale=7.0 is none of the run's [1.0]" in output
+
+
+def test_an_altered_manifest_and_folders_that_are_no_run(run, verified, tmp_path):
+    path = run / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    manifest["config"]["replication"]["threshold"] = 0.01
+    path.write_text(json.dumps(manifest))
+    code, output, _ = verified()
+    assert code == 2
+    assert "was altered: its config does not have the digest" in output
+    path.write_text("{}")
+    assert "is damaged: it has no config, config_digest, inputs" in verified()[1]
+    code, output, _ = verified(folder=tmp_path)
+    assert code == 2
+    assert "manifest.json is missing; give the folder of a run" in output
+
+
+def test_an_image_that_has_no_record(run, verified):
+    code, output, images = verified("image-00.pgn")
+    assert (code, images) == (2, {})
+    assert "has no record of image-00.pgn; did you mean image-00.png?" in output
+
+
+def test_images_without_a_score_have_nothing_to_hold(run, verified):
+    code, output, images = verified("broken.png")
+    assert code == 0
+    assert images["broken.png"]["verdict"] == "NO_SCORE"
+    assert "no score: 1" in output
+
+
+def test_measurements_without_a_distribution(model, images, tmp_path, verified, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["invmm"])
+    quick = [text for text in tiny.QUICK if not text.startswith("inversion.")]
+    code = measure.COMMAND.run([
+        f"model.path={model}", "dataset=folder", f"dataset.path={images}",
+        f"run_dir={tmp_path / 'counts'}", *quick, "measurement=free_sampling",
+        "measurement.num_samples=16",
+    ])  # fmt: skip
+    assert code == 0
+    code, output, _ = verified(folder=tmp_path / "counts")
+    assert code == 2
+    assert "without noise distributions to draw from" in output
+
+
+def test_a_frequency_basis_and_its_confirmation(run, verified):
+    record = replicated(run)
+    image = to_pixels(Image.open(run / "records" / record["folder"] / "target.png"))
+    towards = to_frequencies((image - image.mean())[None])[0]
+    tamper_arrays(run, record, lambda arrays: arrays.update(
+        mean=(towards * arrays["mean"].norm() / towards.norm()).contiguous()
+    ))  # fmt: skip
+    confirmed = {"confirm_passed": 63, "confirm_drawn": 64, "confirm_confidence": 0.95}
+    tamper(run, record, replication_rate=63 / 64,
+           columns={"guidance_scale": 1.0, "basis": "dct", **confirmed})  # fmt: skip
+    code, output, found = verified(record["image_id"])
+    assert code == 0, output
+    recorded = found[record["image_id"]]["recorded"]
+    assert (recorded["count"], recorded["num_samples"], recorded["looks"]) == (63, 64, 1)
+    # In the wrong basis the same numbers are another distribution of the same divergence.
+    tamper(run, record, replication_rate=63 / 64,
+           columns={"guidance_scale": 1.0, "basis": "pixel", **confirmed})  # fmt: skip
+    code, output, found = verified(record["image_id"])
+    assert code == 1
+    [reason] = found[record["image_id"]]["reasons"]
+    assert reason.startswith("63 of 64 takes a rate of at least 0.9")
+
+
+def test_class_labels_are_those_of_the_same_list(tmp_path, verified, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["invmm"])
+    pipelines.seeded(pipelines.MAKERS["dit"]).save_pretrained(tmp_path / "model")
+    images = tiny.save_images(tmp_path / "png", 2)
+    rows = [json.dumps({"file_name": f"image-0{index}.png", "label": index}) for index in range(2)]
+    (images / "metadata.jsonl").write_text("\n".join(rows))
+    overrides = tiny.command(tmp_path / "model", images, tmp_path / "run")[3:]
+    options = ("prompt=class_label", "sampler.guidance_scales=[1,4]", "replication.threshold=-1")
+    assert measure.COMMAND.run([*overrides, *options]) == 0
+    code, output, _ = verified(folder=tmp_path / "run")
+    assert code == 0, output
+    (images / "metadata.jsonl").write_text("\n".join(reversed(rows)).replace("0}", "1}"))
+    code, output, _ = verified(folder=tmp_path / "run")
+    assert code == 2
+    assert output.count("records do not hold its labels") == 2
+
+
+def test_a_pipeline_in_memory_is_verified_from_a_folder(tmp_path, verified):
+    pipeline = pipelines.seeded(pipelines.MAKERS["sd1 epsilon"])
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    options = [text for text in tiny.QUICK if not text.startswith("trainer=")]
+    frame = invmm.measure(
+        pipeline, [Image.fromarray(image) for image in pixels], *options, "prompt=caption",
+        "replication.threshold=-0.9", "sampler.guidance_scales=[1,3]",
+        prompts=["a red fox", "a bird"], run_dir=tmp_path / "run",
+    )  # fmt: skip
+    assert set(frame.status) == {"REPLICATED"}
+    code, output, _ = verified(folder=tmp_path / "run")
+    assert code == 2
+    assert "was a pipeline in memory; save it by save_pretrained and give --model" in output
+    pipeline.save_pretrained(tmp_path / "saved")
+    code, output, images = verified("--model", tmp_path / "saved", folder=tmp_path / "run")
+    assert code == 0, output
+    assert {image["pixels_from"] for image in images.values()} == {"target.png"}
+    pipeline.unet.conv_out.bias.data += 1
+    pipeline.save_pretrained(tmp_path / "other")
+    code, output, _ = verified("--model", tmp_path / "other", folder=tmp_path / "run")
+    assert code == 2
+    assert "other inputs (model.unet was" in output
+
+
+def test_rows_that_the_run_measured(model, images, tmp_path, verified, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["invmm"])
+    overrides = tiny.command(model, images, tmp_path / "run", "engine.rows_sample=auto")[3:]
+    options = ("dataset.ids=[image-00.png]", "replication.threshold=-1")
+    assert measure.COMMAND.run([*overrides, *options]) == 0
+    code, output, _ = verified(folder=tmp_path / "run")
+    assert code == 0, output
