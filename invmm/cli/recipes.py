@@ -18,6 +18,7 @@ from invmm.diffusion.sampling import Sampler
 from invmm.engine.protocols import Measurement
 from invmm.engine.settings import EngineSettings
 from invmm.files import json_digest
+from invmm.inversion.inversion import Inversion
 from invmm.models.adapter import ModelInfo, ModelRecipe
 from invmm.models.architectures import TrainableModel
 from invmm.models.execution import Execution
@@ -162,6 +163,13 @@ def _check_between(config: Mapping[str, Any], faults: list[str]) -> None:
     if prompt is not None and prompt.kind not in info.prompts:
         cure = " or ".join(f"prompt={option}" for option in info.prompts)
         faults.append(f"prompt={prompt.kind} has no meaning for a {info.family} model; use {cure}")
+    measurement: Measurement | None = _readable(Measurement, config.get("measurement"))
+    is_learned = prompt is not None and prompt.kind == "learned"
+    if is_learned and measurement is not None and not isinstance(measurement, Inversion):
+        faults.append(
+            f"prompt=learned cannot be searched by a {type(measurement).__name__}; use "
+            "measurement=inversion with inversion=paper_sd, or prompt=caption"
+        )
     if sampler is not None:
         _collect(lambda: sampler.check_steps(info.num_train_timesteps), faults)
         scales = list(sampler.guidance_scales)

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from invmm.data.dataset import ImageEntry, ImageError
+from invmm.engine.prompt import PromptSearch
 
-Kind = Literal["none", "empty", "caption", "class_label"]
+Kind = Literal["none", "empty", "caption", "learned", "class_label"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,18 +18,21 @@ class Prompt:
     """The condition of an image.
 
     Attributes:
-        kind: none for an unconditional model; empty or the image's caption for a text model; the
-            image's class label for a class-conditional one.
+        kind: none for an unconditional model; empty, the image's caption or one that is learned
+            together with the noise for a text model; the image's class label for a
+            class-conditional one.
         label: of all images; null takes each one's own.
         negative: what guidance pushes away from; empty as in diffusers' pipelines.
+        search: how a learned one is searched.
 
     Raises:
-        ValueError: an option that the kind does not have.
+        ValueError: an option that the kind does not have, or lacks.
     """
 
     kind: Kind = "none"
     label: Annotated[int, Ge(0)] | None = None
     negative: str = ""
+    search: PromptSearch | None = None
 
     def __post_init__(self) -> None:
         if self.label is not None and self.kind != "class_label":
@@ -36,7 +40,13 @@ class Prompt:
                 f"prompt.label={self.label} has no meaning for prompt={self.kind}; use "
                 "prompt=class_label"
             )
-        if self.negative and self.kind not in ("empty", "caption"):
+        if self.search is not None and self.kind != "learned":
+            raise ValueError(
+                f"prompt.search has no meaning for prompt={self.kind}; use prompt=learned"
+            )
+        if self.search is None and self.kind == "learned":
+            raise ValueError("prompt.search=null leaves prompt=learned nothing to do; leave it out")
+        if self.negative and self.kind not in ("empty", "caption", "learned"):
             raise ValueError(
                 f"prompt.negative has no meaning for prompt={self.kind}; use prompt=caption"
             )
@@ -49,6 +59,8 @@ class Prompt:
     def of(self, entry: ImageEntry) -> str | int | None:
         """The text or label of an image; None if there is none to give.
 
+        A learned prompt has the caption too, for encoders that are not searched.
+
         Raises:
             ImageError: it needs a caption or label and has none.
         """
@@ -56,7 +68,7 @@ class Prompt:
             return None
         if self.kind == "empty":
             return ""
-        if self.kind == "caption":
+        if self.kind in ("caption", "learned"):
             if entry.caption is None:
                 raise ImageError(
                     "it has no caption; put one into metadata.jsonl or a .txt file beside it, or "

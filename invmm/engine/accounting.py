@@ -23,6 +23,7 @@ class Tally:
     Attributes:
         forward, backward, sampler: rows; see `Evaluations`.
         graph_rows: rows whose graph is kept for a backward that has not come yet.
+        holds_graph: whether there are such rows, of the network or of a text encoder.
         seconds: by kind.
     """
 
@@ -30,6 +31,7 @@ class Tally:
     backward: int = 0
     sampler: int = 0
     graph_rows: int = 0
+    holds_graph: bool = False
     seconds: Counter[Kind] = field(default_factory=Counter)
 
     def evaluated(self, rows: int, *, keep_graph: bool, in_sampler: bool = False) -> None:
@@ -37,11 +39,16 @@ class Tally:
         self.forward += rows
         self.sampler += rows * in_sampler
         self.graph_rows += rows * keep_graph
+        self.holds_graph |= keep_graph
 
     def backpropagated(self) -> None:
         """Books the backward of all rows whose graph was kept."""
         self.backward += self.graph_rows
-        self.graph_rows = 0
+        self.forget_graph()
+
+    def forget_graph(self) -> None:
+        """After a backward, or when an image starts anew."""
+        self.graph_rows, self.holds_graph = 0, False
 
     def evaluations(self) -> Evaluations:
         """The rows as they go into the outcome."""

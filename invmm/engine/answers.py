@@ -8,14 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invmm.diffusion.guidance import guided, is_guided
+from invmm.diffusion.guidance import Condition, guided, is_guided
 from invmm.diffusion.sampling import draw
 from invmm.diffusion.schedule import Prediction
 from invmm.engine.accounting import Stopwatch, Tally
-from invmm.engine.batching import by_names, condition_values, in_calls, needs_grad, num_rows
+from invmm.engine.batching import (
+    by_names,
+    condition_values,
+    conditions_in_calls,
+    in_calls,
+    needs_grad,
+    num_rows,
+    rows_like,
+)
 from invmm.engine.outcomes import NonFiniteError
-from invmm.engine.protocols import Network, Similarity
-from invmm.engine.requests import Denoise, Embed, Embedding, Minimise, Sample
+from invmm.engine.protocols import Network, Similarity, TextNetwork
+from invmm.engine.requests import Denoise, Embed, Embedding, EncodePrompt, Minimise, Sample
 from invmm.engine.slots import Slot
 
 
@@ -44,6 +52,8 @@ class Answers:
         kind = type(group[0].request)
         if kind is Minimise:
             return self._minimise(group, slots)
+        if kind is EncodePrompt:
+            return self._encode_prompt(group)
         if kind is Denoise:
             return self._denoise(group)
         return self._sample(group) if kind is Sample else self._embed(group)
@@ -53,7 +63,7 @@ class Answers:
         requests: list[Minimise] = [slot.request for slot in group]  # pyright: ignore
         answers = [_refusal(request.loss) for request in requests]
         losses = [r.loss for r, refusal in zip(requests, answers, strict=True) if refusal is None]
-        others_need_graph = any(slot.tally.graph_rows for slot in slots if slot not in group)
+        others_need_graph = any(slot.tally.holds_graph for slot in slots if slot not in group)
         shares: dict[Tally, float] = {slot.tally: slot.tally.graph_rows or 1 for slot in group}
         if losses:
             with self.stopwatch.time("network", shares):
@@ -61,6 +71,33 @@ class Answers:
         for slot in group:
             slot.tally.backpropagated()
         return answers
+
+    def _encode_prompt(self, group: Sequence[Slot]) -> list[Condition]:
+        network = self.network
+        if not isinstance(network, TextNetwork):
+            raise TypeError(f"a {type(network).__name__} encodes no prompts")
+        requests: list[EncodePrompt] = [slot.request for slot in group]  # pyright: ignore
+        keep_graph = needs_grad(requests[0])
+        encoders, names = tuple(requests[0].embeddings), tuple(requests[0].tokens.fixed)
+        columns = []
+        for request in requests:
+            tokens, count = request.tokens, num_rows(request)
+            shared = (*tokens.ids.values(), *tokens.fixed.values())
+            rows = [value.expand(count, *value.shape[1:]) for value in shared]
+            columns.append([*request.embeddings.values(), *rows])
+
+        def call(*inputs: Tensor) -> Condition:
+            own = iter(inputs)
+            embeddings = {name: next(own) for name in encoders}
+            ids = {name: next(own) for name in encoders}
+            return network.encode_prompt(embeddings, ids, dict(zip(names, own, strict=True)))
+
+        per_call = self.rows[rows_like(EncodePrompt)]
+        with torch.set_grad_enabled(keep_graph), self.stopwatch.time("network", _shares(group)):
+            conditions = conditions_in_calls(call, columns, per_call)
+        for slot in group:
+            slot.tally.holds_graph |= keep_graph
+        return conditions
 
     def _denoise(self, group: Sequence[Slot]) -> list[Prediction]:
         requests: list[Denoise] = [slot.request for slot in group]  # pyright: ignore

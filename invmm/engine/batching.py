@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from invmm.diffusion.guidance import Condition, is_guided
-from invmm.engine.requests import Denoise, Embed, Sample
+from invmm.engine.requests import Denoise, Embed, EncodePrompt, Minimise, Sample
 
 
 def in_calls(
@@ -25,6 +25,25 @@ def in_calls(
     Returns:
         One tensor per request, with its own rows.
     """
+    calls, sizes = _packed(columns, rows)
+    outputs = torch.cat([function(*call) for call in calls])
+    return list(outputs.split(sizes)[: len(columns)])
+
+
+def conditions_in_calls(
+    function: Callable[..., Condition], columns: Sequence[Sequence[Tensor]], rows: int
+) -> list[Condition]:
+    """The same for a function that returns a condition."""
+    calls, sizes = _packed(columns, rows)
+    outputs = [function(*call) for call in calls]
+    split = {name: torch.cat([out[name] for out in outputs]).split(sizes) for name in outputs[0]}
+    return [{name: own[i] for name, own in split.items()} for i in range(len(columns))]
+
+
+def _packed(
+    columns: Sequence[Sequence[Tensor]], rows: int
+) -> tuple[Iterator[tuple[Tensor, ...]], list[int]]:
+    """The tensors of each call, and how the rows of all calls split: by request, then padding."""
     sizes = [len(request[0]) for request in columns]
     inputs = [torch.cat(tensors) for tensors in zip(*columns, strict=True)]
     if padding := -sum(sizes) % rows:
@@ -34,9 +53,7 @@ def in_calls(
         ]
     # Kernels are chosen by memory format, which cat takes from its inputs: one format for all.
     inputs = [tensor.contiguous() for tensor in inputs]
-    calls = zip(*(tensor.split(rows) for tensor in inputs), strict=True)
-    outputs = torch.cat([function(*call) for call in calls])
-    return list(outputs.split([*sizes, padding])[: len(sizes)])
+    return zip(*(tensor.split(rows) for tensor in inputs), strict=True), [*sizes, padding]
 
 
 def condition_values(request: Denoise | Sample) -> list[Tensor]:
@@ -49,13 +66,22 @@ def by_names(names: Sequence[str], values: Sequence[Tensor]) -> Condition | None
     return dict(zip(names, values, strict=True)) or None
 
 
+def rows_like(kind: type) -> type:
+    """The kind of request whose number of rows a call for this kind has."""
+    return Denoise if kind in (EncodePrompt, Minimise) else kind
+
+
 def num_rows(request: Any) -> int:
     """Rows that a request asks for."""
+    if isinstance(request, EncodePrompt):
+        return len(next(iter(request.embeddings.values())))
     return len(request.noise if isinstance(request, Sample) else request.latents)
 
 
-def needs_grad(request: Denoise | Sample) -> bool:
+def needs_grad(request: Denoise | Sample | EncodePrompt) -> bool:
     """Whether the answer keeps its graph."""
+    if isinstance(request, EncodePrompt):
+        return any(value.requires_grad for value in request.embeddings.values())
     main = request.noise if isinstance(request, Sample) else request.latents
     return main.requires_grad or any(value.requires_grad for value in condition_values(request))
 
@@ -64,9 +90,17 @@ def signature(request: Any) -> tuple[Any, ...]:
     """Requests with the same signature can share a network call."""
     if isinstance(request, Embed):
         return (Embed, request.latents.shape[1:])
+    if isinstance(request, EncodePrompt):
+        tokens = request.tokens
+        inputs = [_shapes(values) for values in (request.embeddings, tokens.ids, tokens.fixed)]
+        return (EncodePrompt, *inputs, needs_grad(request))
     main = request.noise if isinstance(request, Sample) else request.latents
-    condition = tuple((k, v.shape[1:], v.dtype) for k, v in (request.condition or {}).items())
+    condition = _shapes(request.condition or {})
     drawn_by = None
     if isinstance(request, Sample):
         drawn_by = (request.sampler, is_guided(request.guidance_scale))
     return (type(request), drawn_by, main.shape[1:], main.dtype, condition, needs_grad(request))
+
+
+def _shapes(condition: Condition) -> tuple[Any, ...]:
+    return tuple((name, value.shape[1:], value.dtype) for name, value in condition.items())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from invmm.diffusion.guidance import Condition
 from invmm.engine.protocols import Setting, Target
 from invmm.engine.requests import Embed, Sample, draw_seeds
 
@@ -36,6 +37,7 @@ class Check:
 
 async def check_replication(
     noise: Tensor,
+    condition: Condition | None,
     target: Target,
     setting: Setting,
     rng: torch.Generator,
@@ -47,6 +49,7 @@ async def check_replication(
     Args:
         noise: (num_samples, C, H, W), all of them drawn beforehand so that an early exit
             consumes the same randomness as a full check.
+        condition: num_samples rows that belong to the noises, or None.
         target: the image.
         setting: sampler and criterion.
         rng: for samplers that draw noise of their own.
@@ -55,7 +58,7 @@ async def check_replication(
     seeds = draw_seeds(len(noise), setting.sampler, rng)
     checks: list[Check] = []
     for scale in sorted(setting.sampler.guidance_scales, key=lambda scale: scale != first_scale):
-        checks.append(await _check_at(scale, noise, seeds, target, setting))
+        checks.append(await _check_at(scale, noise, condition, seeds, target, setting))
         if checks[-1].passed and setting.criterion.early_exit:
             break
     return next((c for c in checks if c.passed), max(checks, key=lambda check: check.best))
@@ -64,6 +67,7 @@ async def check_replication(
 async def _check_at(
     guidance_scale: float,
     noise: Tensor,
+    condition: Condition | None,
     seeds: tuple[int, ...] | None,
     target: Target,
     setting: Setting,
@@ -76,7 +80,7 @@ async def _check_at(
         latents = await Sample(
             noise[drawn],
             setting.sampler,
-            target.rows(count),
+            condition and {name: value[drawn] for name, value in condition.items()},
             seeds and seeds[drawn],
             guidance_scale,
             target.negative_rows(count),

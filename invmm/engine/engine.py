@@ -21,11 +21,11 @@ import torch
 
 from invmm.engine.accounting import EngineSummary, Stopwatch
 from invmm.engine.answers import Answers
-from invmm.engine.batching import num_rows, signature
+from invmm.engine.batching import num_rows, rows_like, signature
 from invmm.engine.memory import is_out_of_memory
 from invmm.engine.outcomes import NonFiniteError, Outcome, Status
 from invmm.engine.protocols import Network, Similarity
-from invmm.engine.requests import Denoise, Embed, Minimise, Sample
+from invmm.engine.requests import Denoise, Embed, EncodePrompt, Minimise, Sample
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job, Slot, next_group
 
@@ -112,7 +112,7 @@ class Engine:
 
     def _start(self, slot: Slot) -> Slot:
         """Prepares the image; whatever is wrong with it ends this image only."""
-        slot.tally.graph_rows = 0
+        slot.tally.forget_graph()
         try:
             with self.stopwatch.time("preparation", {slot.tally: 1}):
                 slot.coroutine = slot.job.start()
@@ -146,7 +146,7 @@ class Engine:
                 "into the measurements of other images; close it before the await",
             )
         elif slot.outcome is None:
-            if isinstance(slot.request, (Denoise, Sample, Embed, Minimise)):
+            if isinstance(slot.request, (Denoise, Sample, Embed, EncodePrompt, Minimise)):
                 slot.asked = self.summary.calls
                 is_loss = isinstance(slot.request, Minimise)
                 slot.signature = () if is_loss else signature(slot.request)
@@ -156,7 +156,7 @@ class Engine:
 
     def _make_room(self, kind: type, group: Sequence[Slot], error: Exception) -> None:
         """Out of memory: fewer rows a call; images whose backward was lost start anew."""
-        target = Denoise if kind is Minimise else kind
+        target = rows_like(kind)
         if self.rows[target] == 1:
             for slot in group:
                 self._resume(slot, MemoryError(f"one row does not fit into memory: {error}"))
@@ -173,7 +173,7 @@ class Engine:
 
     def _note_call(self, kind: type, group: Sequence[Slot]) -> None:
         self.summary.calls += 1
-        if kind is not Minimise:
+        if kind in self.rows:
             rows = sum(num_rows(slot.request) for slot in group)
             self.summary.rows += rows
             self.summary.padding += -rows % self.rows[kind]

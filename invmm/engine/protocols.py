@@ -14,6 +14,7 @@ from invmm.diffusion.sampling import Sampler
 from invmm.diffusion.schedule import NoiseSchedule
 from invmm.engine.criterion import ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Outcome
+from invmm.engine.prompt import PromptTokens
 
 
 @runtime_checkable
@@ -44,6 +45,21 @@ class Network(Protocol):
 
 
 @runtime_checkable
+class TextNetwork(Network, Protocol):
+    """A network whose prompt can be searched."""
+
+    def encode_prompt(self, embeddings: Condition, ids: Condition, fixed: Condition) -> Condition:
+        """What the text encoders make of token embeddings; rows are independent.
+
+        Args:
+            embeddings: encoder -> (B, L, d), without those of the positions.
+            ids: encoder -> (B, L) tokens, which tell where the prompt ends.
+            fixed: B rows of the condition, in which these encoders' part is replaced.
+        """
+        ...
+
+
+@runtime_checkable
 class Similarity(Protocol):
     """A network whose unit-norm embeddings are close when two images are copies."""
 
@@ -63,6 +79,7 @@ class Target:
         embedding: (D,) unit-norm.
         condition: one row, or None.
         negative: one row like it, what guidance pushes away from; None if there is no guidance.
+        tokens: what a searched prompt is made of, in place of a condition; None if it is given.
     """
 
     image_id: str
@@ -71,6 +88,7 @@ class Target:
     embedding: Tensor
     condition: Condition | None = None
     negative: Condition | None = None
+    tokens: PromptTokens | None = None
 
     def rows(self, count: int) -> Condition | None:
         """The condition repeated for `count` rows."""

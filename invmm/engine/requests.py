@@ -1,6 +1,6 @@
 """What a measurement may ask of the engine.
 
-A measurement is a coroutine. It never touches the network: it awaits one of the four requests
+A measurement is a coroutine. It never touches the network: it awaits one of the five requests
 below, the engine answers it together with the requests of other images, and the measurement
 goes on with its own rows of the answer.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 from invmm.diffusion.guidance import Condition
 from invmm.diffusion.sampling import Sampler
 from invmm.diffusion.schedule import Prediction
+from invmm.engine.prompt import PromptTokens
 
 T = TypeVar("T")
 
@@ -49,7 +50,7 @@ class Denoise(Request[Prediction]):
 class Sample(Request[Tensor]):
     """Runs the whole sampler from given noise; the answer is (B, C, H, W) clean latents.
 
-    The answer keeps the graph if and only if the noise requires grad.
+    The answer keeps the graph if and only if the noise or the condition requires grad.
 
     Attributes:
         noise: (B, C, H, W) in units of the prior's standard deviation.
@@ -66,6 +67,22 @@ class Sample(Request[Tensor]):
     seeds: tuple[int, ...] | None = None
     guidance_scale: float = 1.0
     negative: Condition | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class EncodePrompt(Request[Condition]):
+    """Runs the text encoders on token embeddings; the answer has a row of condition for each.
+
+    The answer keeps the graph if and only if the embeddings require grad. It costs no evaluation
+    of the network.
+
+    Attributes:
+        embeddings: encoder -> (B, L, d).
+        tokens: what the prompts are made of.
+    """
+
+    embeddings: Condition
+    tokens: PromptTokens
 
 
 @dataclass(frozen=True, eq=False)

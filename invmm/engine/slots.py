@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from invmm.engine.accounting import Tally
-from invmm.engine.batching import num_rows
+from invmm.engine.batching import num_rows, rows_like
 from invmm.engine.outcomes import Outcome
-from invmm.engine.requests import Denoise, Embed, Minimise, Request, Sample
+from invmm.engine.requests import Denoise, Embed, EncodePrompt, Minimise, Request, Sample
 
 PATIENCE = 64
 """Calls that a request lets pass before it is answered in one that is not full (ours)."""
@@ -59,9 +59,10 @@ def next_group(
 ) -> tuple[list[Slot], bool]:
     """The requests to answer now, and whether they fill a call.
 
-    Losses come first, since they free memory; then whatever fills a call: samples, the denoiser,
-    the rest. What fills none is answered in the order denoiser, the rest, samples, so that
-    samples of several images meet; but nothing waits longer than `PATIENCE` calls.
+    Losses come first, since they free memory, then images that hold the graph of their prompt,
+    so that such graphs never pile up; then whatever fills a call: samples, the denoiser, the rest.
+    What fills none is answered in the order denoiser, the rest, samples, so that samples of
+    several images meet; but nothing waits longer than `PATIENCE` calls.
 
     Args:
         slots: all of them wait for an answer; the longest-waiting first.
@@ -70,20 +71,21 @@ def next_group(
     """
     if losses := [slot for slot in slots if isinstance(slot.request, Minimise)]:
         return losses, True
+    holding = [slot for slot in slots if slot.tally.holds_graph]
     waiting: dict[tuple[Any, ...], list[Slot]] = {}
-    for slot in slots:
+    for slot in holding or slots:
         waiting.setdefault(slot.signature, []).append(slot)
-    groups = [_fill_call(same, rows[type(same[0].request)]) for same in waiting.values()]
+    groups = [_fill_call(same, rows[rows_like(type(same[0].request))]) for same in waiting.values()]
     longest, _ = groups[0]
     if calls - longest[0].asked > PATIENCE:
         return longest, True
-    for kind in (Sample, Denoise, Embed):
+    for kind in (Sample, Denoise, EncodePrompt, Embed):
         for group, full in groups:
             if full and isinstance(group[0].request, kind):
                 return group, True
-    order = (Denoise, Embed, Sample)
+    order = (Denoise, EncodePrompt, Embed, Sample)
     partial, _ = min(groups, key=lambda found: order.index(type(found[0][0].request)))
-    return partial, False
+    return partial, bool(holding)
 
 
 def _fill_call(waiting: Sequence[Slot], room: int) -> tuple[list[Slot], bool]:

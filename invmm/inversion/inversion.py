@@ -21,6 +21,7 @@ from invmm.engine.requests import Minimise
 from invmm.inversion.controllers import KLWeightController
 from invmm.inversion.noise import GaussianNoise
 from invmm.inversion.objectives import Objective
+from invmm.inversion.prompt import prompt_of
 from invmm.inversion.trace import Trace
 
 
@@ -57,24 +58,28 @@ class Inversion:
 
     async def __call__(self, target: Target, setting: Setting, rng: torch.Generator) -> Outcome:
         """Runs the search; see `Measurement`."""
-        noise = GaussianNoise.prior(target.latents)
-        optimizer = torch.optim.Adam(noise.parameters(), lr=self.learning_rate, fused=True)
+        noise, prompt = GaussianNoise.prior(target.latents), prompt_of(target)
+        moved = [*noise.parameters(), *prompt.parameters()]
+        optimizer = torch.optim.Adam(moved, lr=self.learning_rate, fused=True)
         weight = self.kl_weight.init()
-        trace = Trace(noise)
+        trace = Trace(noise, prompt)
         try:
             for step in range(self.num_steps + 1):
                 check_due = self._checks_at(step)
                 if step > 0:
-                    loss, kl = await self.objective(noise, target, setting, rng), noise.kl()
+                    loss = await self.objective(noise, prompt, target, setting, rng)
+                    kl = noise.kl()
                     await Minimise(loss + weight.value * kl)
                     optimizer.step()
                     optimizer.zero_grad()
                     trace.stepped(loss=loss, kl=kl, kl_weight=weight.value)
                     weight = self.kl_weight.update(weight, trace.read() if check_due else None)
                 if check_due:
-                    draws = noise.draw(setting.criterion.num_samples, rng).detach()
+                    count, scale = setting.criterion.num_samples, trace.closest_scale
+                    draws = noise.draw(count, rng).detach()
+                    rows = await prompt.check_rows(count, rng)
                     check = await check_replication(
-                        draws, target, setting, rng, first_scale=trace.closest_scale
+                        draws, rows, target, setting, rng, first_scale=scale
                     )
                     trace.checked(check)
                     if check.passed:

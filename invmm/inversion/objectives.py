@@ -13,16 +13,22 @@ from invmm.engine.outcomes import Evaluations
 from invmm.engine.protocols import Setting, Target
 from invmm.engine.requests import Denoise
 from invmm.inversion.noise import GaussianNoise
+from invmm.inversion.prompt import FixedPrompt, SoftPrompt
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """A stochastic loss of a noise distribution."""
+    """A stochastic loss of a noise distribution and a prompt."""
 
     async def __call__(
-        self, noise: GaussianNoise, target: Target, setting: Setting, rng: torch.Generator
+        self,
+        noise: GaussianNoise,
+        prompt: FixedPrompt | SoftPrompt,
+        target: Target,
+        setting: Setting,
+        rng: torch.Generator,
     ) -> Tensor:
-        """A scalar with gradients to the noise's parameters."""
+        """A scalar with gradients to the parameters of both."""
         ...
 
     def evaluations(self) -> Evaluations:
@@ -49,7 +55,12 @@ class DenoisingObjective:
     timesteps: Literal["uniform", "importance"] = "uniform"
 
     async def __call__(
-        self, noise: GaussianNoise, target: Target, setting: Setting, rng: torch.Generator
+        self,
+        noise: GaussianNoise,
+        prompt: FixedPrompt | SoftPrompt,
+        target: Target,
+        setting: Setting,
+        rng: torch.Generator,
     ) -> Tensor:
         """The mean over the batch and the latent dimensions."""
         schedule, latents = setting.schedule, target.latents
@@ -57,7 +68,8 @@ class DenoisingObjective:
         levels = schedule.draw_levels(self.batch_size, rng, by_weight=by_weight)
         timesteps = schedule.timesteps[levels].to(latents.device)
         noisy = schedule.add_noise(latents, noise.draw(self.batch_size, rng), timesteps)
-        prediction = await Denoise(noisy, timesteps, target.rows(self.batch_size))
+        condition = await prompt.rows(self.batch_size, rng)
+        prediction = await Denoise(noisy, timesteps, condition)
         errors = (prediction.clean_latents - latents).square()
         if not by_weight:
             return errors.mean()

@@ -13,13 +13,16 @@ from invmm.engine.check import Check
 from invmm.engine.outcomes import NonFiniteError, Outcome, Status
 from invmm.inversion.controllers import Losses
 from invmm.inversion.noise import GaussianNoise
+from invmm.inversion.prompt import FixedPrompt, SoftPrompt
 
 
 class Trace:
     """Collects the curves of one inversion and turns them into its outcome."""
 
-    def __init__(self, noise: GaussianNoise) -> None:
-        self.noise = noise
+    def __init__(
+        self, noise: GaussianNoise, prompt: FixedPrompt | SoftPrompt | None = None
+    ) -> None:
+        self.noise, self.prompt = noise, prompt or FixedPrompt()
         self.curves: dict[str, list[float]] = defaultdict(list)
         self.closest: Check | None = None
         self._unread: list[tuple[Tensor, Tensor]] = []
@@ -90,13 +93,14 @@ class Trace:
 
     def _outcome(self, status: Status, **results: Any) -> Outcome:
         samples = best = None
-        columns = {}
+        columns: dict[str, float | str] = dict(self.prompt.columns())
         if self.closest is not None:
             order = self.closest.similarities.argsort(descending=True)
             samples = self.closest.pixels[order].cpu()
             best = max(self.curves["similarity"])
-            columns = {"guidance_scale": self.closest.guidance_scale}
-        found = {"tensors": self.noise.tensors(), "columns": columns, **results}
+            columns["guidance_scale"] = self.closest.guidance_scale
+        tensors = {**self.noise.tensors(), **self.prompt.tensors()}
+        found = {"tensors": tensors, "columns": columns, **results}
         return Outcome(
             status=status,
             best_similarity=best,

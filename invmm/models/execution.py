@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from invmm.diffusion.guidance import Condition
-from invmm.engine.protocols import Network
+from invmm.engine.prompt import PromptSearch, PromptTokens
+from invmm.engine.protocols import Network, TextNetwork
 from invmm.models.cost import CallCost
 
 _ATTENTION = {
@@ -50,6 +51,19 @@ class LoadedNetwork(Network, Protocol):
         ...
 
 
+@runtime_checkable
+class SearchableNetwork(LoadedNetwork, TextNetwork, Protocol):
+    """A network with text encoders, the prompt of which can be searched."""
+
+    def searched_prompt(self, search: PromptSearch) -> PromptTokens:
+        """What a searched prompt is made of, other encoders reading the empty prompt.
+
+        Raises:
+            ValueError: the model has no text encoder, or the search does not suit those it has.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Execution:
     """How the denoiser is computed.
@@ -73,7 +87,7 @@ class Execution:
     attention: Literal["math", "efficient", "flash", "cudnn"] | None = None
     gradient_checkpointing: bool = False
 
-    def prepare(self, network: LoadedNetwork) -> LoadedNetwork:
+    def prepare(self, network: LoadedNetwork) -> SearchableNetwork:
         """The network, computed this way.
 
         Raises:
@@ -138,6 +152,20 @@ class _ExecutedNetwork:
             output = self._network.predict(latents, timesteps, condition)
         output = output.float()
         return _ScaleGradient.apply(output, self._scale) if self._scale else output
+
+    def searched_prompt(self, search: PromptSearch) -> PromptTokens:
+        """See `SearchableNetwork`."""
+        return self._searchable.searched_prompt(search)
+
+    def encode_prompt(self, embeddings: Condition, ids: Condition, fixed: Condition) -> Condition:
+        """See `TextNetwork`; always in the precision of the weights."""
+        return self._searchable.encode_prompt(embeddings, ids, fixed)
+
+    @property
+    def _searchable(self) -> SearchableNetwork:
+        if not isinstance(self._network, SearchableNetwork):
+            raise ValueError(f"a {type(self._network).__name__} reads no text; use prompt=none")
+        return self._network
 
 
 class _ScaleGradient(torch.autograd.Function):

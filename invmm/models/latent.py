@@ -14,9 +14,11 @@ from torch import Tensor
 
 from invmm.diffusion.guidance import Condition
 from invmm.diffusion.schedule import NoiseSchedule
+from invmm.engine.prompt import PromptSearch, PromptTokens
 from invmm.models.codec import Codec, Posterior
 from invmm.models.labels import class_label
 from invmm.models.parts import AUTOENCODERS, SCHEDULERS, Family
+from invmm.models.prompt_search import prompt_tokens
 
 
 class LatentNetwork:
@@ -79,6 +81,23 @@ class LatentNetwork:
     def negative(self, prompt: str) -> Condition | None:
         """One row that guidance pushes away from; None without guidance."""
         return None
+
+    def searched_prompt(self, search: PromptSearch) -> PromptTokens:
+        """What a searched prompt is made of.
+
+        Raises:
+            ValueError: the model has no text encoder, or the search does not suit those it has.
+        """
+        if not self.family.searched:
+            cure = " or ".join(f"prompt={option}" for option in self.family.prompts)
+            raise ValueError(f"a {self.family.name} model reads no text to search; use {cure}")
+        fixed = self.condition("")
+        assert fixed is not None
+        return prompt_tokens(self.pipeline, self.family, search, fixed)
+
+    def encode_prompt(self, embeddings: Condition, ids: Condition, fixed: Condition) -> Condition:
+        """See `TextNetwork`; families with a text encoder have their own."""
+        raise NotImplementedError
 
     @staticmethod
     def evaluate(denoiser: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:

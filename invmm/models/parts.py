@@ -49,6 +49,7 @@ class Family:
         ignored: parts that are never loaded, such as safety checkers.
         settings: further keys of model_index.json, which are no parts.
         prompts: the options of the config group `prompt` that it understands.
+        searched: the text encoders that read a searched prompt, unless told otherwise.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ("none",)
+    searched: tuple[str, ...] = ()
 
     def classes(self, path: str, index: Mapping[str, Any]) -> dict[str, str]:
         """Part -> its class ("library.Name") in a model_index.json; absent optional ones left out.

@@ -11,6 +11,7 @@ from torch import Tensor
 from invmm.diffusion.guidance import Condition
 from invmm.models.latent import LatentNetwork
 from invmm.models.parts import SCHEDULERS, Family
+from invmm.models.prompt_search import clip_output, with_columns
 
 _TOKENS = 77
 _TOKENIZERS = ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")
@@ -24,7 +25,8 @@ class StableDiffusion(LatentNetwork):
         pipelines=("StableDiffusionPipeline",),
         denoiser="unet",
         autoencoder="vae",
-        prompts=("caption", "empty"),
+        prompts=("caption", "empty", "learned"),
+        searched=("text_encoder",),
         parts={
             "vae": ("diffusers.AutoencoderKL",),
             "text_encoder": ("transformers.CLIPTextModel",),
@@ -43,6 +45,12 @@ class StableDiffusion(LatentNetwork):
     def negative(self, prompt: str) -> Condition:
         """The negative prompt's embeddings; usually of the empty one."""
         return self.condition(prompt)
+
+    def encode_prompt(self, embeddings: Condition, ids: Condition, fixed: Condition) -> Condition:
+        """See `TextNetwork`: the last hidden states."""
+        (encoder,) = embeddings
+        output = clip_output(self.pipeline.text_encoder, ids[encoder], embeddings[encoder])
+        return {"prompt_embeds": output.last_hidden_state}
 
     @staticmethod
     def evaluate(denoiser: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
@@ -63,7 +71,8 @@ class StableDiffusionXL(LatentNetwork):
         pipelines=("StableDiffusionXLPipeline",),
         denoiser="unet",
         autoencoder="vae",
-        prompts=("caption", "empty"),
+        prompts=("caption", "empty", "learned"),
+        searched=("text_encoder", "text_encoder_2"),
         parts={
             "vae": ("diffusers.AutoencoderKL",),
             "text_encoder": ("transformers.CLIPTextModel",),
@@ -91,6 +100,19 @@ class StableDiffusionXL(LatentNetwork):
             sizes = condition["time_ids"]
             return {**{k: torch.zeros_like(v) for k, v in condition.items()}, "time_ids": sizes}
         return condition
+
+    def encode_prompt(self, embeddings: Condition, ids: Condition, fixed: Condition) -> Condition:
+        """See `TextNetwork`: the penultimate hidden states of both encoders side by side."""
+        found = dict(fixed)
+        for name, own in embeddings.items():
+            output = clip_output(getattr(self.pipeline, name), ids[name], own)
+            is_second = name == "text_encoder_2"
+            start = self.pipeline.text_encoder.config.hidden_size if is_second else 0
+            states = output.hidden_states[-2]
+            found["prompt_embeds"] = with_columns(found["prompt_embeds"], states, start)
+            if is_second:
+                found["pooled_embeds"] = output.text_embeds
+        return found
 
     def _with_size(self, embeds: Tensor, pooled: Tensor) -> Condition:
         size = self.image_size
@@ -130,7 +152,8 @@ class StableDiffusion3(LatentNetwork):
         pipelines=("StableDiffusion3Pipeline",),
         denoiser="transformer",
         autoencoder="vae",
-        prompts=("caption", "empty"),
+        prompts=("caption", "empty", "learned"),
+        searched=("text_encoder",),
         parts={
             "transformer": ("diffusers.SD3Transformer2DModel",),
             "vae": ("diffusers.AutoencoderKL",),
@@ -156,6 +179,22 @@ class StableDiffusion3(LatentNetwork):
     def negative(self, prompt: str) -> Condition:
         """The negative prompt's embeddings; usually of the empty one."""
         return self.condition(prompt)
+
+    def encode_prompt(self, embeddings: Condition, ids: Condition, fixed: Condition) -> Condition:
+        """See `TextNetwork`: the penultimate hidden states, as the pipeline takes them.
+
+        The release of the paper takes the last ones of CLIP-L.
+        """
+        found, first = dict(fixed), self.pipeline.text_encoder.config
+        for name, own in embeddings.items():
+            output = clip_output(getattr(self.pipeline, name), ids[name], own)
+            is_second = name == "text_encoder_2"
+            for part, values, start in (
+                ("prompt_embeds", output.hidden_states[-2], first.hidden_size),
+                ("pooled_embeds", output.text_embeds, first.projection_dim),
+            ):
+                found[part] = with_columns(found[part], values, start if is_second else 0)
+        return found
 
     @staticmethod
     def evaluate(denoiser: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:

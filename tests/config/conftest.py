@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import huggingface_hub
 import pipelines
 import pytest
 import tiny
+
+from invmm.models import loading
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +46,18 @@ def every_icon(monkeypatch):
     from invmm.data import openmoji
 
     monkeypatch.setattr(openmoji, "distinct_icons", lambda size, threshold: openmoji.named_icons())
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """A machine without network and files."""
+
+    def fail(*args, **options):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    loading._described.cache_clear()
+    yield
+    loading._described.cache_clear()

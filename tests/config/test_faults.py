@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from invmm.cli import measure, threshold, train
+from invmm.cli.compose import groups
 
 
 def run(arguments, tmp_path, module="measure"):
@@ -96,10 +97,9 @@ def test_unknown_keys_are_found_however_they_are_given(prefix, faults):
     (["run_dir=2024"],
      "run_dir=2024 is not possible: it should be a valid string; in quotes it is one: "
      "'run_dir=\"2024\"'"),
-    (["model=null"], "model=null is not an option; there are auto, latent, pixel, "
-                     "text_tiny, unet_cifar10, unet_tiny"),
-    (["experiment=dmo"], "experiment=dmo is not an option; did you mean demo? There are demo, "
-                         "demo_model, paper_ddpm, text_demo_model"),
+    (["model=null"], f"model=null is not an option; there are {', '.join(groups()['model'])}"),
+    (["experiment=dmo"], "experiment=dmo is not an option; did you mean demo? There are "
+                         f"{', '.join(groups()['experiment'])}"),
     (["engine=3"], "engine=3 is not a group of settings; give engine.KEY=VALUE"),
     (["~seed"], "seed is missing; give seed=VALUE"),
     (["~sampler"], "sampler is missing; give sampler=VALUE"),
@@ -228,13 +228,49 @@ def test_a_prompt_that_does_not_suit_the_model(faults, saved_pipeline, images, c
     folder = given("sd1 epsilon")
     capsys.readouterr()
     (line,) = faults(given=folder)
-    assert line.endswith("stable_diffusion model; use prompt=caption or prompt=empty")
+    assert line.endswith(
+        "stable_diffusion model; use prompt=caption or prompt=empty or prompt=learned"
+    )
     (line,) = faults("sampler=flow_euler", "prompt=empty", given=given("sd1 epsilon"))
     assert "cannot draw from a model trained on noise; use sampler=ddim" in line
     folder = given("sd3")
     capsys.readouterr()
     (line,) = faults("prompt=empty", given=folder)
     assert "cannot draw from a model trained on a rectified flow; use sampler=flow_euler" in line
+
+
+@pytest.mark.parametrize(("overrides", "name"), [
+    (["measurement=probability"], "Splitting"), (["measurement=free_sampling"], "FreeSampling"),
+    (["inversion=trajectory"], "Trajectory"),
+])  # fmt: skip
+def test_what_cannot_search_a_prompt(overrides, name, faults, saved_pipeline, images, capsys):
+    given = [f"model.path={saved_pipeline('sd1 epsilon')}", "dataset=folder",
+             f"dataset.path={images}"]  # fmt: skip
+    capsys.readouterr()
+    assert faults("prompt=learned", *overrides, given=given) == [
+        f"prompt=learned cannot be searched by a {name}; use measurement=inversion with "
+        "inversion=paper_sd, or prompt=caption"
+    ]
+
+
+def test_a_search_that_makes_no_sense(faults, saved_pipeline, images, capsys):
+    given = [f"model.path={saved_pipeline('sd1 epsilon')}", "dataset=folder",
+             f"dataset.path={images}"]  # fmt: skip
+    capsys.readouterr()
+    assert faults("prompt=caption", "prompt.search={}", given=given) == [
+        "prompt.search has no meaning for prompt=caption; use prompt=learned"
+    ]
+    assert faults("prompt=learned", "prompt.search=null", given=given) == [
+        "prompt.search=null leaves prompt=learned nothing to do; leave it out"
+    ]
+    lines = faults(
+        "prompt=learned", "prompt.search.temperature=0", "prompt.search.num_tokens=0",
+        "prompt.search.check_prompts=all", "prompt.search.encoders=[]", given=given,
+    )  # fmt: skip
+    assert [line.partition(" ")[0] for line in lines] == [
+        "prompt.search.temperature=0", "prompt.search.num_tokens=0", "prompt.search.encoders=[]",
+        "prompt.search.check_prompts=all",
+    ]  # fmt: skip
 
 
 def test_options_of_another_family(faults):

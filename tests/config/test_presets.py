@@ -16,6 +16,7 @@ from invmm.cli.estimate import Plan
 from invmm.engine.outcomes import CostRange, Evaluations
 from invmm.inversion.controllers import AdaptiveKLWeight, FixedKLWeight
 from invmm.models.cost import CallCost
+from invmm.replication.sscd import SscdTorchScript
 
 CONF = files("invmm.conf")
 PRESETS = [(group, option) for group, options in groups().items() for option in options]
@@ -24,6 +25,7 @@ TRAINED = {
     ("model", "unet_cifar10"),
     ("model", "text_tiny"),
     ("experiment", "demo_model"),
+    ("experiment", "calibration_model"),
     ("experiment", "text_demo_model"),
 }
 OWN_NEEDS = {
@@ -31,9 +33,28 @@ OWN_NEEDS = {
     ("sampler", "flow_euler"): ["prompt=empty"],
     ("sampler", "flow_heun"): ["prompt=empty"],
 }
+FULL_SCALE = {
+    ("model", "ddpm_cifar10"): [],
+    ("model", "ldm_celebahq"): [],
+    ("model", "ldm_ffhq"): [],
+    ("model", "sd14"): ["prompt=caption"],
+    ("model", "sd21"): ["prompt=empty"],
+    ("model", "sd35_medium"): ["prompt=caption", "sampler=flow_euler"],
+    ("model", "sdxl"): ["prompt=caption"],
+    ("experiment", "paper_cifar10"): [],
+    ("experiment", "paper_celebahq"): [],
+    ("experiment", "paper_ffhq"): [],
+    ("experiment", "paper_sd14"): [],
+    ("experiment", "paper_sd21"): [],
+    ("experiment", "paper_sd35"): [],
+    ("experiment", "sdxl"): [],
+}
+"""Presets that name their own model, and what else their command needs."""
 OWN_MODEL = {
+    ("experiment", "text_demo"): "sd1 epsilon",
     ("model", "latent"): "ldm vq",
     ("prompt", "caption"): "sd1 epsilon",
+    ("prompt", "learned"): "sd1 epsilon",
     ("prompt", "empty"): "sdxl",
     ("prompt", "class_label"): "dit",
     ("sampler", "flow_euler"): "sd3",
@@ -59,8 +80,10 @@ def model_for(model, saved_pipeline):
 
 def overrides_for(group, option, model, images):
     given = [f"{group}={option}", *OWN_NEEDS.get((group, option), [])]
+    given += FULL_SCALE.get((group, option), [])
     if command_of(group, option) is measure.COMMAND:
-        given.append(f"model.path={model}")
+        if (group, option) not in FULL_SCALE:
+            given.append(f"model.path={model}")
         if group not in ("dataset", "experiment"):
             given.append("dataset=folder")
     if "dataset=folder" in given:
@@ -69,7 +92,9 @@ def overrides_for(group, option, model, images):
 
 
 @pytest.mark.parametrize(("group", "option"), PRESETS)
-def test_every_preset_dry_runs(group, option, model_for, images, every_icon, capsys, tmp_path):
+def test_every_preset_dry_runs(
+    group, option, model_for, images, every_icon, no_hub, capsys, tmp_path
+):
     model = model_for(group, option)
     capsys.readouterr()  # diffusers talks while it saves
     overrides = [*overrides_for(group, option, model, images), f"run_dir={tmp_path}/run"]
@@ -83,7 +108,7 @@ def test_every_preset_dry_runs(group, option, model_for, images, every_icon, cap
 
 
 @pytest.mark.parametrize(("group", "option"), PRESETS)
-def test_a_preset_binds_to_the_class_that_it_names(group, option, model_for, images):
+def test_a_preset_binds_to_the_class_that_it_names(group, option, model_for, images, no_hub):
     model = model_for(group, option)
     node = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
     if "_target_" not in node:
@@ -94,7 +119,8 @@ def test_a_preset_binds_to_the_class_that_it_names(group, option, model_for, ima
     assert faults == []
     assert f"{type(built).__module__}.{type(built).__name__}" == node["_target_"]
     for name, value in node.items():
-        if name != "_target_" and value != "???" and not isinstance(value, dict):
+        is_value = value not in ("???", "${seed}") and not isinstance(value, dict)
+        if is_value and name != "_target_":
             assert config[group][name] == value or (group, name) == ("model", "path")
 
 
@@ -135,6 +161,77 @@ def test_fixed_differs_from_adaptive_in_the_weight_alone(inputs):
     assert isinstance(adaptive[1].kl_weight, AdaptiveKLWeight)
     assert isinstance(fixed[1].kl_weight, FixedKLWeight)
     assert {k for k in adaptive[0] if adaptive[0][k] != fixed[0][k]} == {"kl_weight"}
+
+
+@pytest.mark.parametrize(("option", "expected"), [
+    # model, latents, then steps, batch, check_every, increment, tolerance, then scheduler, sampler
+    # steps, scales, then samples, threshold, input of SSCD, prompt
+    ("paper_cifar10", ("pixel", (3, 32, 32), 2000, 32, 50, 1e-4, 1e-3, "ddim", 200, [1], 8, 0.5,
+                       32, "none")),
+    ("paper_celebahq", ("ldm", (3, 64, 64), 2000, 16, 10, 5e-4, 1e-3, "ddim", 50, [1], 8, 0.5, 256,
+                        "none")),
+    ("paper_ffhq", ("ldm", (3, 64, 64), 2000, 16, 10, 5e-4, 1e-3, "ddim", 50, [1], 8, 0.5, 256,
+                    "none")),
+    ("paper_sd14", ("stable_diffusion", (4, 64, 64), 2000, 16, 50, 1e-3, 1e-3, "ddim", 50,
+                    [1, 2, 3, 4, 5, 6, 7], 8, 0.5, 320, "learned")),
+    ("paper_sd21", ("stable_diffusion", (4, 64, 64), 2000, 16, 50, 1e-3, 1e-3, "ddim", 50,
+                    [1, 2, 3, 4, 5, 6, 7], 8, 0.5, 320, "learned")),
+    ("paper_sd35", ("sd3", (16, 64, 64), 2000, 16, 50, 1e-3, 1e-3, "flow_euler", 50,
+                    [1, 2, 3, 4, 5], 8, 0.5, 320, "learned")),
+])  # fmt: skip
+def test_the_published_experiments(option, expected, no_hub):
+    faults = []
+    config = compose_job("measure", [f"experiment={option}"], faults)
+    recipes = measure.COMMAND.check(config, faults)
+    assert faults == []
+    info, inversion = recipes.model.describe(), recipes.measurement
+    weight, sampler, replication = inversion.kl_weight, recipes.sampler, recipes.replication
+    assert (
+        info.family,
+        info.latent_shape,
+        inversion.num_steps,
+        inversion.objective.batch_size,
+        inversion.check_every,
+        weight.increment,
+        weight.tolerance,
+        sampler.scheduler,
+        sampler.num_inference_steps,
+        list(sampler.guidance_scales),
+        replication.num_samples,
+        replication.threshold,
+        replication.similarity.size,
+        recipes.prompt.kind,
+    ) == expected
+    assert isinstance(replication.similarity, SscdTorchScript)
+    assert not replication.early_exit
+
+
+def test_a_machine_without_the_hub_is_told_what_is_assumed(no_hub, capsys):
+    assert measure.COMMAND.run(["experiment=paper_celebahq", "dry_run=true"]) == 0
+    facts = capsys.readouterr().out
+    assert "\ndata set: not here, its size is taken as stated; dataset.path=korexyz/" in facts
+    assert "\nmodel: architecture from the package's own table; CompVis/ldm-celebahq-256 " in facts
+    assert "\nimages: 100 of 256x256 pixels\n" in facts
+    # 2,000 steps of 16, and 200 checks of 8 samples of 50 steps
+    assert "112,000 forward (80,000 of them in samplers) and 32,000 backward\n" in facts
+    assert "\nmemory of a GPU: about 14." in facts
+    overrides = ["experiment=paper_celebahq", "dataset.first=null", "dataset.num_images=null"]
+    assert measure.COMMAND.run([*overrides, "dataset.streaming=false", "dry_run=true"]) == 2
+    assert "could not be fetched from the hub (no connection)" in capsys.readouterr().err
+
+
+def test_checkpointing_trades_memory_for_arithmetic(no_hub, capsys):
+    def facts(*overrides):
+        given = ["experiment=paper_celebahq", "dry_run=true", *overrides]
+        assert measure.COMMAND.run(given) == 0
+        shown = capsys.readouterr().out
+        kept = re.search(r"and ([\d.]+) GiB of activations", shown)
+        return float(kept[1]), float(re.search(r"at most: ([\d.e+]+) floating", shown)[1])
+
+    plain, spared = facts(), facts("execution.gradient_checkpointing=true")
+    assert spared[0] < 0.6 * plain[0]
+    # 112,000 + 32,000 forwards in all, and 32,000 again
+    assert spared[1] / plain[1] == pytest.approx(176 / 144, rel=0.01)
 
 
 def test_the_cost_of_the_published_experiment(inputs, capsys):

@@ -1,0 +1,165 @@
+"""The prompt of an inversion: as given, or searched together with the noise.
+
+A searched prompt is a distribution over the tokens of every free place, whose relaxed draws
+replace the embeddings of tokens. Its complexity is not part of the score (paper).
+
+Legend: logits -> unnormalised log-probabilities; temperature -> tau of the Gumbel-softmax (Jang et
+al. 2017, "Categorical Reparameterization with Gumbel-Softmax").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from invmm.diffusion.guidance import Condition, repeated
+from invmm.engine.prompt import PromptTokens
+from invmm.engine.protocols import Target
+from invmm.engine.requests import EncodePrompt
+
+
+class FixedPrompt:
+    """The condition that an image comes with.
+
+    Args:
+        condition: one row, or None for an unconditional model.
+    """
+
+    def __init__(self, condition: Condition | None = None) -> None:
+        self.condition = condition
+
+    def parameters(self) -> list[Tensor]:
+        """Nothing to move."""
+        return []
+
+    async def rows(self, count: int, rng: torch.Generator) -> Condition | None:
+        """The condition `count` times."""
+        return repeated(self.condition, count)
+
+    async def check_rows(self, count: int, rng: torch.Generator) -> Condition | None:
+        """The same."""
+        return repeated(self.condition, count)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing was found."""
+        return {}
+
+    def columns(self) -> dict[str, str]:
+        """Nothing was found."""
+        return {}
+
+
+class SoftPrompt:
+    """A token distribution at every free place, a leaf of the graph.
+
+    Args:
+        tokens: what the prompt is made of.
+    """
+
+    def __init__(self, tokens: PromptTokens) -> None:
+        self.tokens = tokens
+        table = next(iter(tokens.tables.values()))
+        shape = (tokens.num_free, len(table))
+        self.logits = torch.zeros(shape, device=table.device, requires_grad=True)
+        self._checked: tuple[Tensor, Tensor] | None = None
+
+    def parameters(self) -> list[Tensor]:
+        """What the optimiser moves."""
+        return [self.logits]
+
+    async def rows(self, count: int, rng: torch.Generator) -> Condition:
+        """A condition of a draw a row, through which gradients reach the logits."""
+        return await EncodePrompt(self.draw(count, rng), self.tokens)
+
+    async def check_rows(self, count: int, rng: torch.Generator) -> Condition | None:
+        """The condition of `count` samples that are to replicate, without gradients."""
+        with torch.no_grad():
+            embeddings = self.draw(1 if self._is_shared else count, rng)
+        self._checked = self.logits.detach().argmax(1), torch.cat([*embeddings.values()], 2)
+        condition = await EncodePrompt(embeddings, self.tokens)
+        return repeated(condition, count) if self._is_shared else condition
+
+    def draw(self, count: int, rng: torch.Generator) -> Condition:
+        """Relaxed prompts: encoder -> (count, L, d) embeddings.
+
+        Gumbel noise comes from the generator of the device, by a seed from `rng` for each draw.
+        """
+        seeds = torch.randint(2**62, (count,), generator=rng).tolist()
+        tables, temperature = self.tokens.tables, self.tokens.search.temperature
+        mixtures = RelaxedTokens.apply(self.logits, seeds, temperature, *tables.values())
+        after = 1 + self.tokens.num_free
+        prompts = {}
+        for (name, table), mixture in zip(tables.items(), mixtures, strict=True):
+            given = table[self.tokens.ids[name]].to(mixture).expand(count, -1, -1)
+            prompts[name] = torch.cat([given[:, :1], mixture, given[:, after:]], 1)
+        return prompts
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Of the last check: the likeliest tokens (num_free,), and the embeddings that were drawn.
+
+        The embeddings are (L, d), or (num_samples, L, d) with one prompt a sample; those of
+        several encoders stand side by side. A prompt that is decoded and tokenized again need not
+        be the same.
+        """
+        if self._checked is None:
+            return {}
+        ids, embeddings = (value.cpu() for value in self._checked)
+        own = embeddings[0] if self._is_shared else embeddings
+        return {"prompt_ids": ids, "prompt_embedding": own}
+
+    def columns(self) -> Mapping[str, str]:
+        """The likeliest tokens of the last check as a text."""
+        if self._checked is None:
+            return {}
+        return {"prompt": self.tokens.decode(self._checked[0].tolist())}
+
+    @property
+    def _is_shared(self) -> bool:
+        return self.tokens.search.check_prompts == "shared"
+
+
+class RelaxedTokens(torch.autograd.Function):
+    """Embeddings of Gumbel-softmax draws, one after the other, and anew in the backward pass.
+
+    At once, the weights of a batch over CLIP's vocabulary would take a gigabyte.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, seeds: Sequence[int], temperature: float, *tables: Tensor
+    ) -> tuple[Tensor, ...]:
+        """(n, V) logits and tables (V, d) -> (B, n, d) for each table, B seeds."""
+        # Not saved as torch would: the backward of a neighbour in the same call may come, with
+        # nothing but zeros for these logits, after they were moved.
+        ctx.logits, ctx.seeds, ctx.temperature, ctx.tables = logits, seeds, temperature, tables
+        weights = (relaxed_tokens(logits, seed, temperature) for seed in seeds)
+        drawn = [[own @ table.to(own) for table in tables] for own in weights]
+        return tuple(torch.stack(own) for own in zip(*drawn, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of a softmax, summed over the draws."""
+        total = torch.zeros_like(ctx.logits)
+        for draw, seed in enumerate(ctx.seeds):
+            weights = relaxed_tokens(ctx.logits, seed, ctx.temperature)
+            slopes = torch.zeros_like(weights)
+            for gradient, table in zip(gradients, ctx.tables, strict=True):
+                slopes += gradient[draw] @ table.to(weights).T
+            slopes -= (weights * slopes).sum(1, keepdim=True)
+            total += slopes.mul_(weights)
+        return total / ctx.temperature, None, None, *(None for _ in ctx.tables)
+
+
+def relaxed_tokens(logits: Tensor, seed: int, temperature: float) -> Tensor:
+    """One Gumbel-softmax draw of each row: (n, V) logits -> (n, V) weights that sum to 1."""
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    gumbel = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
+    return gumbel.add_(logits).div_(temperature).softmax(1)
+
+
+def prompt_of(target: Target) -> FixedPrompt | SoftPrompt:
+    """The prompt of an image: searched if the target brings tokens."""
+    return FixedPrompt(target.condition) if target.tokens is None else SoftPrompt(target.tokens)
