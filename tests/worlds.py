@@ -138,6 +138,7 @@ def make_setting(
     threshold: float = 0.5,
     num_samples: int = 4,
     early_exit: bool = True,
+    num_confirm: int = 0,
     **sampler: object,
 ) -> Setting:
     """DDIM in 10 steps unless told otherwise."""
@@ -146,6 +147,9 @@ def make_setting(
         schedule=network.schedule,
         sampler=Sampler(**options),  # pyright: ignore[reportArgumentType]
         criterion=ReplicationCriterion(
-            threshold=threshold, num_samples=num_samples, early_exit=early_exit
+            threshold=threshold,
+            num_samples=num_samples,
+            early_exit=early_exit,
+            num_confirm=num_confirm,
         ),
     )

@@ -16,10 +16,15 @@ Condition = Mapping[str, Tensor]
 
 
 def repeated(condition: Condition | None, count: int) -> Condition | None:
-    """One row of a condition as `count` rows, without copying it."""
+    """A condition as `count` rows: one row without copying it, several ones by turns."""
     if condition is None:
         return None
-    return {name: value.expand(count, *value.shape[1:]) for name, value in condition.items()}
+    return {
+        name: value.expand(count, *value.shape[1:])
+        if len(value) == 1
+        else value[torch.arange(count, device=value.device) % len(value)]
+        for name, value in condition.items()
+    }
 
 
 def is_guided(guidance_scale: float) -> bool:

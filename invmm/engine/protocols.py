@@ -77,7 +77,7 @@ class Target:
         pixels: (3, H, W) in [-1, 1].
         latents: (1, C, H, W).
         embedding: (D,) unit-norm.
-        condition: one row, or None.
+        condition: one row, or None; several rows take turns.
         negative: one row like it, what guidance pushes away from; None if there is no guidance.
         tokens: what a searched prompt is made of, in place of a condition; None if it is given.
     """

@@ -18,6 +18,7 @@ from invmm.engine.criterion import ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Evaluations, NonFiniteError, Outcome
 from invmm.engine.protocols import Setting, Target
 from invmm.engine.requests import Minimise
+from invmm.inversion.confirmation import Confirmation, confirm
 from invmm.inversion.controllers import KLWeightController
 from invmm.inversion.noise import GaussianNoise
 from invmm.inversion.objectives import Objective
@@ -83,11 +84,28 @@ class Inversion:
                     )
                     trace.checked(check)
                     if check.passed:
-                        return trace.replicated()
+                        return trace.replicated(await self._confirm(trace, target, setting, rng))
             trace.read()
         except NonFiniteError as error:
             return trace.diverged(error)
         return trace.not_replicated()
+
+    async def _confirm(
+        self, trace: Trace, target: Target, setting: Setting, rng: torch.Generator
+    ) -> Confirmation | None:
+        """What fresh samples say of the distribution that passed; they change no score."""
+        if not (num_samples := setting.criterion.num_confirm):
+            return None
+        scale = trace.closest_scale
+        assert scale is not None
+        return await confirm(
+            trace.noise,
+            trace.prompt.found(target),
+            setting,
+            rng,
+            num_samples=num_samples,
+            guidance_scale=scale,
+        )
 
     def cost(self, sampler: Sampler, criterion: ReplicationCriterion) -> CostRange:
         """See `Measurement`."""

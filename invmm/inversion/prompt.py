@@ -10,6 +10,7 @@ al. 2017, "Categorical Reparameterization with Gumbel-Softmax").
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,6 +44,10 @@ class FixedPrompt:
         """The same."""
         return repeated(self.condition, count)
 
+    def found(self, target: Target) -> Target:
+        """The image as it is."""
+        return target
+
     def tensors(self) -> dict[str, Tensor]:
         """Nothing was found."""
         return {}
@@ -64,7 +69,7 @@ class SoftPrompt:
         table = next(iter(tokens.tables.values()))
         shape = (tokens.num_free, len(table))
         self.logits = torch.zeros(shape, device=table.device, requires_grad=True)
-        self._checked: tuple[Tensor, Tensor] | None = None
+        self._checked: tuple[Tensor, Tensor, Condition] | None = None
 
     def parameters(self) -> list[Tensor]:
         """What the optimiser moves."""
@@ -78,9 +83,14 @@ class SoftPrompt:
         """The condition of `count` samples that are to replicate, without gradients."""
         with torch.no_grad():
             embeddings = self.draw(1 if self._is_shared else count, rng)
-        self._checked = self.logits.detach().argmax(1), torch.cat([*embeddings.values()], 2)
         condition = await EncodePrompt(embeddings, self.tokens)
-        return repeated(condition, count) if self._is_shared else condition
+        likeliest, drawn = self.logits.detach().argmax(1), torch.cat([*embeddings.values()], 2)
+        self._checked = likeliest, drawn, condition
+        return repeated(condition, count)
+
+    def found(self, target: Target) -> Target:
+        """The image under the prompts of the last check, which take turns."""
+        return replace(target, condition=self._checked[2]) if self._checked else target
 
     def draw(self, count: int, rng: torch.Generator) -> Condition:
         """Relaxed prompts: encoder -> (count, L, d) embeddings.
@@ -106,7 +116,7 @@ class SoftPrompt:
         """
         if self._checked is None:
             return {}
-        ids, embeddings = (value.cpu() for value in self._checked)
+        ids, embeddings = (value.cpu() for value in self._checked[:2])
         own = embeddings[0] if self._is_shared else embeddings
         return {"prompt_ids": ids, "prompt_embedding": own}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from invmm.engine.check import Check
 from invmm.engine.outcomes import NonFiniteError, Outcome, Status
+from invmm.inversion.confirmation import Confirmation
 from invmm.inversion.controllers import Losses
 from invmm.inversion.noise import GaussianNoise
 from invmm.inversion.prompt import FixedPrompt, SoftPrompt
@@ -72,16 +74,26 @@ class Trace:
         if check.passed or self.closest is None or best > self.closest.best:
             self.closest = check
 
-    def replicated(self) -> Outcome:
-        """The distribution as it stands replicates: its KL is the score."""
+    def replicated(self, confirmation: Confirmation | None = None) -> Outcome:
+        """The distribution as it stands replicates: its KL is the score.
+
+        Args:
+            confirmation: tells the rate at which it does; without one that of the check, 1.
+        """
         with torch.no_grad():
             kl = self.noise.kl().double().item()
-        return self._outcome(
+        found = self._outcome(
             Status.REPLICATED,
             score=kl,
             score_nats=kl * self.noise.mean.numel(),
             replication_rate=1.0,
         )
+        if confirmation is None:
+            return found
+        columns = {**found.columns, **confirmation.columns()}
+        if self.prompt.parameters():  # it would hold for the found prompt, not for the caption
+            columns["log_p_certified"] = None
+        return replace(found, replication_rate=confirmation.rate, columns=columns)
 
     def not_replicated(self) -> Outcome:
         """The budget is used up."""

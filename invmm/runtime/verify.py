@@ -29,6 +29,7 @@ from invmm.inversion.noise import GaussianNoise
 from invmm.models.execution import LoadedNetwork
 from invmm.results.records import damaged_records
 from invmm.results.run_folder import record_key
+from invmm.runtime.conditions import Conditions
 from invmm.runtime.evidence import CHECKS, checked_network, chosen_records, saved_tensors
 from invmm.runtime.findings import Finding, table
 from invmm.runtime.plan import MeasureRun
@@ -113,8 +114,7 @@ class Verifier:
         self.setting = Setting(
             schedule=network.schedule, sampler=run.sampler, criterion=run.replication
         )
-        with torch.no_grad():
-            self._negative = network.negative(run.prompt.negative)
+        self.conditions = Conditions(self.network, run.prompt)
         self.image_size = run.model.describe().image_size
         self.dataset = self._dataset()
         entries = self.dataset.entries if self.dataset else ()
@@ -164,7 +164,7 @@ class Verifier:
                 latents=self.network.encode(pixels),
                 embedding=self.similarity.embed(pixels)[0],
                 condition=self._condition(entry, tensors),
-                negative=self._negative,
+                negative=self.conditions.negative,
             )
         noise = GaussianNoise(
             *(tensors[name][None].to(self.network.device) for name in ("mean", "log_variance"))
@@ -196,9 +196,11 @@ class Verifier:
 
     def _condition(self, entry: ImageEntry, tensors: Mapping[str, Tensor]) -> Condition | None:
         """What the samples of the record were drawn under."""
-        if {"prompt_ids", "prompt_embedding"} & tensors.keys():
-            raise ValueError("its prompt was searched too, and cannot be drawn with again yet")
-        return self.network.condition(self.run.prompt.of(entry))
+        if self.run.prompt.search is None:
+            return self.conditions.of(entry)
+        if "prompt_embedding" not in tensors:
+            raise ValueError("its arrays.safetensors has no prompt_embedding")
+        return self.conditions.found(entry, tensors["prompt_embedding"])
 
     def _image(self, record: Mapping[str, Any]) -> tuple[ImageEntry, LoadedImage, str]:
         """The image that was measured, and where it came from.
@@ -221,7 +223,7 @@ class Verifier:
             raise ImageError(
                 f"its image had the SHA-256 {record['sha256']} and has {loaded.sha256}"
             )
-        if prompt.kind == "caption" and entry.caption != record["caption"]:
+        if prompt.kind in ("caption", "learned") and entry.caption != record["caption"]:
             raise ImageError(f"its caption was {record['caption']!r} and is {entry.caption!r}")
         return entry, loaded, "data set"
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pipelines
 import pytest
 import torch
 from torch import Tensor
 
+from invmm.data.dataset import ImageEntry
+from invmm.data.prompt import Prompt
 from invmm.engine.prompt import PromptSearch, PromptTokens
 from invmm.models.execution import Execution, SearchableNetwork
 from invmm.models.pipeline import PIPELINES
+from invmm.runtime.conditions import Conditions
 
 CPU = torch.device("cpu")
 SEARCHES = {
@@ -22,8 +26,10 @@ SEARCHES = {
     "sdxl second": ("sdxl", ["text_encoder_2"]),
     "sd3": ("sd3", None),
     "sd3 both": ("sd3", ["text_encoder", "text_encoder_2"]),
+    "sd3 t5": ("sd3 t5 24 pixels", None),
 }
 CAPTION = "a red fox"
+ENTRY = ImageEntry(image_id="it", path="it.png", caption=CAPTION)
 
 
 def network_of(family: str):
@@ -81,6 +87,24 @@ def test_one_hot_weights_equal_the_text(case, text):
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
     if len(ids) == 75:
         assert network.searched_prompt(search).num_free == 75
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_prompt_from_a_record_is_the_text_again(case, rows):
+    network, search = case
+    ids = words(network, CAPTION)
+    prompt = Prompt(kind="learned", search=replace(search, num_tokens=len(ids)))
+    conditions = Conditions(Execution().prepare(network), prompt)
+    tokens = conditions.tokens(ENTRY)
+    assert tokens is not None
+    stored = torch.cat(list(one_hot(tokens, ids).values()), 2).expand(rows, -1, -1)
+    found = conditions.found(ENTRY, stored if rows > 1 else stored[0])
+    for name, value in network.condition(CAPTION).items():
+        torch.testing.assert_close(
+            found[name], value.expand(rows, *value.shape[1:]), rtol=0, atol=1e-5
+        )
+    with pytest.raises(ValueError, match="its prompt_embedding has the shape"):
+        conditions.found(ENTRY, stored[:, :-1])
 
 
 def test_what_is_not_searched_keeps_reading_the_caption(case):

@@ -43,7 +43,7 @@ def test_every_family_is_measured(family, captioned, tmp_path, monkeypatch):
         *tiny.command(tmp_path / "model", captioned, tmp_path / "run")[3:],
         "inversion=paper_sd", "inversion.num_steps=4", "inversion.check_every=2",
         "inversion.objective.batch_size=4", *CASES[family], "sampler.num_inference_steps=4",
-        "replication.threshold=-1",
+        "replication.threshold=-1", "replication.num_confirm=2",
     ]  # fmt: skip
     assert measure.COMMAND.run(overrides) == 0
     records = tiny.records(tmp_path / "run")
@@ -58,7 +58,8 @@ def test_every_family_is_measured(family, captioned, tmp_path, monkeypatch):
         first = record["columns"]["guidance_scale"]
         assert first == (scales or [2.0 if family == "sd2 v" else 1.0])[0]
         calls = 2 if family == "sd2 v" else 1
-        assert record["evaluations_sampler"] == 3 * 4 * calls
+        assert record["evaluations_sampler"] == (3 + 2) * 4 * calls
+        assert record["columns"]["confirm_drawn"] == 2
         assert record["evaluations_backward"] == 2 * 4
     if prompt in needs:
         assert records["image-02.png"]["status"] == "FAILED"

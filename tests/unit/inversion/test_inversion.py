@@ -16,6 +16,7 @@ from invmm.engine.slots import Job
 from invmm.inversion.controllers import AdaptiveKLWeight, FixedKLWeight
 from invmm.inversion.inversion import Inversion
 from invmm.inversion.objectives import DenoisingObjective
+from invmm.probability.certificate import lower_rate
 
 
 def invert(inversion: Inversion, network, setting, seed: int = 0, **settings) -> Outcome:
@@ -153,6 +154,36 @@ def test_the_untouched_prior_is_tested_first_and_scores_zero():
     assert (outcome.status, outcome.score, outcome.steps) == (Status.REPLICATED, 0.0, 0)
     assert outcome.evaluations.backward == 0
     assert outcome.samples.shape == (4, 3, 4, 4)
+
+
+def test_fresh_samples_tell_the_rate_and_change_no_score():
+    """At the prior, where the rate of the fresh samples can be counted beside."""
+    network = MicroNetwork()
+    inversion = Inversion(
+        objective=DenoisingObjective(), kl_weight=AdaptiveKLWeight(), num_steps=10, check_every=5
+    )
+
+    def outcome_at(threshold: float, **settings) -> Outcome:
+        return invert(inversion, network, make_setting(network, threshold=threshold, **settings))
+
+    # The check of one sample passes at its own similarity; about half of the others replicate.
+    threshold = outcome_at(1.0, num_samples=1).curves["similarity"][0] - 1e-6
+    plain = outcome_at(threshold, num_samples=1)
+    confirmed = outcome_at(threshold, num_samples=1, num_confirm=200)
+    assert plain.replication_rate == 1
+    assert "confirm_passed" not in plain.columns
+    assert (confirmed.score, confirmed.steps) == (plain.score, plain.steps) == (0.0, 0)
+    columns = confirmed.columns
+    assert columns["confirm_drawn"] == 200
+    assert 0 < columns["confirm_passed"] < 200
+    assert confirmed.replication_rate == columns["confirm_passed"] / 200
+    assert columns["rate_low"] < confirmed.replication_rate < columns["rate_high"]
+    # The prior certifies the lower end of its own rate.
+    assert columns["log_p_certified"] == pytest.approx(
+        math.log(lower_rate(columns["confirm_passed"], 200)), abs=1e-9
+    )
+    evaluations = confirmed.evaluations.sampler - plain.evaluations.sampler
+    assert evaluations == 200 * 10
 
 
 def test_an_unreplicated_image_has_no_score_and_keeps_its_closest_samples():

@@ -285,6 +285,35 @@ def test_what_is_stored_draws_the_samples_that_passed():
     torch.testing.assert_close(outcome.samples, colour.expand(4, WIDTH, 4, 4))
 
 
+@pytest.mark.parametrize("check_prompts", ["shared", "each"])
+def test_prompts_that_were_found_take_turns(check_prompts):
+    network, tokens = TextWorld(), make_tokens(check_prompts=check_prompts)
+    seen = {}
+
+    async def measure(target, setting, rng) -> Outcome:
+        prompt = SoftPrompt(tokens)
+        assert prompt.found(target) is target  # nothing was checked
+        seen["checked"] = await prompt.check_rows(3, rng)
+        seen["found"] = prompt.found(target).rows(7)
+        return Outcome(status=Status.NOT_REPLICATED)
+
+    job = Job("it", lambda: measure(make_target(network), None, torch.Generator().manual_seed(0)))
+    [(_, outcome)] = Engine(network, Direction(), EngineSettings()).run([job])
+    assert outcome.error is None
+    for name, rows in seen["checked"].items():
+        assert torch.equal(seen["found"][name], rows[torch.arange(7) % 3])
+        assert len(rows.unique(dim=0)) == (1 if check_prompts == "shared" else 3)
+
+
+def test_a_found_prompt_certifies_nothing_about_the_caption():
+    network = ColourWorld()
+    tokens = make_tokens(table=torch.rand(VOCABULARY, WIDTH, generator=torch.Generator()) / 2)
+    setting = make_setting(network, threshold=-1.0, num_confirm=16)
+    outcome = run(network, [text_job(network, 0, tokens, setting=setting)])["image-0"]
+    assert outcome.columns["confirm_passed"] == outcome.columns["confirm_drawn"] == 16
+    assert outcome.columns["log_p_certified"] is None
+
+
 # Through the engine -------------------------------------------------------------------------
 
 
