@@ -62,9 +62,9 @@ class Plan:
         """For people."""
         fewest, most = self.cost.fewest, self.cost.most
         workers = self.devices * self.shards
-        one = f"evaluations of an image that is never replicated: {_shown(most)}"
+        one = f"evaluations of an image, at most: {_shown(most)}"
         if fewest != most:
-            one += f", or {_shown(fewest)} if the first sample decides each check"
+            one += f", or {_shown(fewest)} where the first samples decide"
         lines = [
             one,
             f"evaluations in all, at most: {most.forward * self.images:,} forward and "

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 from annotated_types import Ge, Gt, Lt, MinLen
 
@@ -15,6 +15,7 @@ from invmm.data.dataset import DatasetRecipe
 from invmm.data.prompt import Prompt
 from invmm.diffusion.guidance import is_guided
 from invmm.diffusion.sampling import Sampler
+from invmm.diffusion.schedule import NoiseSchedule
 from invmm.engine.protocols import Measurement
 from invmm.engine.settings import EngineSettings
 from invmm.files import json_digest
@@ -180,7 +181,22 @@ def _check_between(config: Mapping[str, Any], faults: list[str]) -> None:
             )
         _collect(lambda: sampler.check_kind(info.prediction_type), faults)
         if not faults:  # building the schedule takes a second that a faulty config need not wait
-            _collect(lambda: sampler.check_schedule(model.schedule()), faults)
+            _collect(lambda: _check_schedule(model.schedule(), sampler, measurement), faults)
+
+
+@runtime_checkable
+class _NeedsLevels(Protocol):
+    """A measurement that asks for noise levels which a model may not have."""
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None: ...
+
+
+def _check_schedule(
+    schedule: NoiseSchedule, sampler: Sampler, measurement: Measurement | None
+) -> None:
+    sampler.check_schedule(schedule)
+    if isinstance(measurement, _NeedsLevels):
+        measurement.check_schedule(schedule)
 
 
 def _check_shard(config: Mapping[str, Any], faults: list[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from invmm.diffusion.guidance import repeated
 from invmm.diffusion.schedule import NoiseSchedule
 from invmm.models.adapter import ModelInfo
 from invmm.models.cost import CallCost, call_cost
@@ -89,8 +90,8 @@ class BorrowedModel:
             latents = torch.zeros(rows, *network.latent_shape, device=self.device)
             latents.requires_grad_()
             timesteps = torch.zeros(rows, dtype=torch.long, device=self.device)
-            blank = getattr(network, "blank_condition", lambda config, rows: None)
-            condition = blank(network.denoiser.config, rows)
+            blank = {"none": None, "class_label": 0}.get(self.describe().prompts[0], "")
+            condition = repeated(network.condition(blank), rows)
             return execution.cost(
                 call_cost(network.denoiser, lambda: network.predict(latents, timesteps, condition))
             )

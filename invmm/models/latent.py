@@ -105,8 +105,14 @@ class LatentNetwork:
         raise NotImplementedError
 
     @staticmethod
-    def blank_condition(config: Mapping[str, Any], rows: int) -> Condition:
-        """Zeros in the shape of a condition, from the denoiser's config; {} without one."""
+    def blank_condition(config: Mapping[str, Any], rows: int, tokens: int) -> Condition:
+        """Zeros in the shape of a condition; {} without one.
+
+        Args:
+            config: of the denoiser.
+            rows: of the condition.
+            tokens: of a prompt, if there is one.
+        """
         return {}
 
 
@@ -168,7 +174,7 @@ class Dit(LatentNetwork):
         return denoiser(latents, timestep=timesteps, **condition).sample
 
     @staticmethod
-    def blank_condition(config: Mapping[str, Any], rows: int) -> Condition:
+    def blank_condition(config: Mapping[str, Any], rows: int, tokens: int) -> Condition:
         """See `LatentNetwork`."""
         return {"class_labels": torch.zeros(rows, dtype=torch.long)}
 

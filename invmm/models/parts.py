@@ -8,6 +8,7 @@ checked here, part by part.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +166,6 @@ def weight_faults(part: Any, info: Mapping[str, Any]) -> str:
 
 def weight_files(folder: Path, name: str, variant: str | None) -> list[Path]:
     """The safetensors files of a part; empty for one without weights."""
-    suffix = f".{variant}.safetensors" if variant else ".safetensors"
-    files = sorted((folder / name).glob(f"*{suffix}"))
-    return [file for file in files if variant or file.name.count(".") == 1]
+    of_variant = rf"\.{re.escape(variant)}" if variant else ""
+    named = re.compile(rf"[^.]+?{of_variant}(-\d+-of-\d+)?\.safetensors")
+    return sorted(f for f in (folder / name).glob("*.safetensors") if named.fullmatch(f.name))

@@ -21,6 +21,8 @@ from invmm.models.loading import fetched, read_json
 from invmm.models.parts import load_part, part_class, weight_files
 from invmm.models.stable_diffusion import StableDiffusion, StableDiffusion3, StableDiffusionXL
 
+_CLIP_TOKENS = 77
+
 NETWORKS: tuple[type[LatentNetwork], ...] = (
     LatentDiffusion,
     Dit,
@@ -92,7 +94,7 @@ class LatentPipeline:
         with torch.device("meta"):
             latents = torch.empty(rows, *shape, requires_grad=True)
             timesteps = torch.zeros(rows, dtype=torch.long)
-            condition = folder.network.blank_condition(config, rows)
+            condition = folder.network.blank_condition(config, rows, folder.num_tokens)
             cost = call_cost(
                 denoiser,
                 lambda: folder.network.evaluate(denoiser, latents, timesteps, condition),
@@ -203,6 +205,13 @@ class PipelineFolder:
     def pixels_per_latent(self) -> int:
         """Side of the square of pixels that one latent stands for."""
         return pixels_per_latent(self.config(self.network.family.autoencoder))
+
+    @property
+    def num_tokens(self) -> int:
+        """Of a prompt, if it has a tokenizer here; else CLIP's."""
+        path = self.path / "tokenizer" / "tokenizer_config.json"
+        length = read_json(path).get("model_max_length") if path.is_file() else None
+        return length if isinstance(length, int) else _CLIP_TOKENS
 
     def blank(self, part: str) -> Any:
         """A part on the meta device: its shapes without any weights."""

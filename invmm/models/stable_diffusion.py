@@ -13,7 +13,6 @@ from invmm.models.latent import LatentNetwork
 from invmm.models.parts import SCHEDULERS, Family
 from invmm.models.prompt_search import clip_output, with_columns
 
-_TOKENS = 77
 _TOKENIZERS = ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")
 
 
@@ -58,9 +57,9 @@ class StableDiffusion(LatentNetwork):
         return denoiser(latents, timesteps, condition["prompt_embeds"]).sample
 
     @staticmethod
-    def blank_condition(config: Mapping[str, Any], rows: int) -> Condition:
+    def blank_condition(config: Mapping[str, Any], rows: int, tokens: int) -> Condition:
         """See `LatentNetwork`."""
-        return {"prompt_embeds": torch.zeros(rows, _TOKENS, config["cross_attention_dim"])}
+        return {"prompt_embeds": torch.zeros(rows, tokens, config["cross_attention_dim"])}
 
 
 class StableDiffusionXL(LatentNetwork):
@@ -132,12 +131,12 @@ class StableDiffusionXL(LatentNetwork):
         ).sample
 
     @staticmethod
-    def blank_condition(config: Mapping[str, Any], rows: int) -> Condition:
+    def blank_condition(config: Mapping[str, Any], rows: int, tokens: int) -> Condition:
         """See `LatentNetwork`."""
         sizes = 6 * config["addition_time_embed_dim"]
         pooled = config["projection_class_embeddings_input_dim"] - sizes
         return {
-            "prompt_embeds": torch.zeros(rows, _TOKENS, config["cross_attention_dim"]),
+            "prompt_embeds": torch.zeros(rows, tokens, config["cross_attention_dim"]),
             "pooled_embeds": torch.zeros(rows, pooled),
             "time_ids": torch.zeros(rows, 6),
         }
@@ -207,10 +206,10 @@ class StableDiffusion3(LatentNetwork):
         ).sample
 
     @staticmethod
-    def blank_condition(config: Mapping[str, Any], rows: int) -> Condition:
+    def blank_condition(config: Mapping[str, Any], rows: int, tokens: int) -> Condition:
         """See `LatentNetwork`; T5 adds 256 tokens to CLIP's."""
         return {
-            "prompt_embeds": torch.zeros(rows, _TOKENS + 256, config["joint_attention_dim"]),
+            "prompt_embeds": torch.zeros(rows, tokens + 256, config["joint_attention_dim"]),
             "pooled_embeds": torch.zeros(rows, config["pooled_projection_dim"]),
         }
 
