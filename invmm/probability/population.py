@@ -7,7 +7,7 @@ goal -> beta.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,37 +106,41 @@ def next_level(similarities: Tensor, *, current: float, goal: float, num_kept: i
 
 
 class Population:
-    """N particles, the level that they live above, and what it took to get there.
+    """Particles, the level that they live above, and what it took to get there.
+
+    It begins with free samples, of which only those that pass the first level become particles.
 
     Args:
-        draws: N from the prior.
-        similarities: (N,) of their samples to the image.
+        pick: rows (B,) of the free samples -> their draws.
+        similarities: of the free samples to the image.
         goal: the threshold of a replica.
+        num_particles: N, from the first level on.
         num_kept: particles that survive a level, unless similarities are tied.
         step: h of the first move.
         target_acceptance: share of accepted moves that h is adapted to.
 
     Attributes:
         levels: thresholds so far; the last is the goal once it has been reached.
-        factors: share of the particles that passed each of them.
+        passed: who passed each of them, and out of how many.
         acceptances: share of the moves accepted at each level, but for the last.
     """
 
     def __init__(
         self,
-        draws: Draws,
+        pick: Callable[[Tensor], Draws],
         similarities: Tensor,
         *,
         goal: float,
+        num_particles: int,
         num_kept: int,
         step: float,
         target_acceptance: float,
     ) -> None:
-        self.draws, self.similarities = draws, similarities
-        self.goal, self.num_kept = goal, num_kept
+        self._pick, self.similarities = pick, similarities
+        self.goal, self.num_particles, self.num_kept = goal, num_particles, num_kept
         self.step, self.target_acceptance = step, target_acceptance
         self.levels: list[float] = []
-        self.factors: list[float] = []
+        self.passed: list[tuple[int, int]] = []
         self.acceptances: list[float] = []
         self._accepted: list[float] = []
 
@@ -152,18 +156,20 @@ class Population:
             self.similarities, current=current, goal=self.goal, num_kept=self.num_kept
         )
         self.levels.append(level)
-        self.factors.append(self._pass(self.similarities).double().mean().item())
+        passed = self._pass(self.similarities)
+        self.passed.append((int(passed.sum()), len(passed)))
 
     def resample(self, rng: torch.Generator) -> None:
-        """Who failed the level becomes a copy of who passed it.
+        """N copies of those who passed the level.
 
         Every survivor is copied equally often, up to one, chosen at random: as unbiased as
         drawing with replacement, with less variance.
         """
         survivors = self._pass(self.similarities).nonzero()[:, 0]
         order = torch.randperm(len(survivors), generator=rng)
-        copied = survivors[order[torch.arange(len(self.similarities)) % len(survivors)]]
-        self.draws, self.similarities = self.draws[copied], self.similarities[copied]
+        copied = survivors[order[torch.arange(self.num_particles) % len(survivors)]]
+        self.draws, self.similarities = self._pick(copied), self.similarities[copied]
+        self._pick = lambda rows: self.draws[rows]
         self._accepted = []
 
     def propose(self, sampler: Sampler, rng: torch.Generator) -> Draws:

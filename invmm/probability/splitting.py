@@ -23,12 +23,10 @@ from invmm.diffusion.sampling import Sampler
 from invmm.engine.criterion import ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Evaluations, Outcome, Status
 from invmm.engine.protocols import Setting, Target
-from invmm.engine.requests import Embed, Sample
-from invmm.probability.estimate import Ladder, ProbabilityEstimate, combine
+from invmm.probability.bank import NUM_SHOWN, Bank, Closest, DrawnBank, only_guidance_scale
+from invmm.probability.estimate import Ladder, ProbabilityEstimate, combine, one_in
+from invmm.probability.free_sampling import counted
 from invmm.probability.population import Draws, Population
-
-NUM_SHOWN = 8
-"""Closest samples that an outcome shows, as many as a check of the paper draws."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,41 +37,58 @@ class Splitting:
     prior; InvMM is the least over diagonal Gaussians only. So the score (`invmm_star`) is on the
     scale of InvMM, and its ideal (ours).
 
+    A bank of free samples comes first. If it holds enough replicas, p is counted. Else every
+    repeat takes an equal part of the bank, begins with as many of its closest samples as survive
+    any level, and climbs from there: so repeats stay independent, and their spread holds the
+    bank's own variance. Under no prompt, the empty one or one fixed label all images share one
+    bank; it costs each of them little, and their errors are correlated. If the budget ends before
+    any repeat has reached replicas, those in the bank are counted, however few.
+
     The seed of a stochastic sampler is a coordinate of the particle beside its noise; see
     `Draws.moved_towards`. Where seeds decide (DDPM, DDIM with eta near 1) few moves are accepted,
     and estimates scatter by nats: trust the interval, or use a smaller eta.
 
-    p is unbiased but for the adaptation of h; its logarithm lies a little low on average. The
-    repeats are independent from their free samples on. Columns beside the score:
+    Levels and h are adapted, which leaves p a few percent too high; choosing between count and
+    splitting by one and the same bank, up to a tenth more where about `min_count` replicas are
+    expected. Log p lies a little low on average. Columns beside the score:
 
-    - log_p, log_p_low, log_p_high: nats, with the 95 % interval of `combine`; if censored, only
-      log_p_high, below which p lies.
+    - method: "counted" or "split".
+    - log_p, log_p_low, log_p_high: nats, with the 95 % interval, exact if counted, else that of
+      `combine`; if censored, only log_p_high, below which p lies.
     - one_in: 1 / p, the draws that one replica takes on average.
+    - count, num_free_samples: replicas in the bank, and its size.
     - num_levels: of the longest repeat; num_reached: repeats that reached replicas.
     - highest_level: similarity above which some repeat's particles live.
     - acceptance: share of all moves accepted.
 
     Attributes:
+        bank_size: free samples that images of one condition share.
+        own_bank_size: free samples of an image that has a condition of its own.
+        block_size: free samples drawn at a time, the unit in which processes share a bank.
+        min_count: replicas in the bank from which p is counted.
         num_particles: of one repeat.
         level_probability: share of the particles that reaches the next level (Au & Beck: 0.1).
         moves: Crank-Nicolson moves of every particle at a level.
         initial_step: h of the first move, from 0 (stays) to 1 (forgets); adapted at every move.
         target_acceptance: share of accepted moves that h is adapted to.
         max_levels: budget of levels that are moved at; p is censored if it does not suffice.
-        repeats: independent runs, whose spread gives the interval. Two tell little about their
-            own spread (Student's t multiplies it by 12.7, for four by 3.2).
+        repeats: independent runs, whose spread goes into the interval.
 
     Raises:
-        ValueError: a level would keep no particle.
+        ValueError: a level would keep no particle, or a bank is too small to begin with.
     """
 
-    num_particles: Annotated[int, Ge(2)] = 128
-    level_probability: Annotated[float, Gt(0), Lt(1)] = 0.25
-    moves: Annotated[int, Ge(1)] = 3
+    bank_size: Annotated[int, Ge(1)] = 2048
+    own_bank_size: Annotated[int, Ge(1)] = 256
+    block_size: Annotated[int, Ge(1)] = 128
+    min_count: Annotated[int, Ge(1)] = 10
+    num_particles: Annotated[int, Ge(2)] = 32
+    level_probability: Annotated[float, Gt(0), Lt(1)] = 0.5
+    moves: Annotated[int, Ge(1)] = 2
     initial_step: Annotated[float, Gt(0), Le(1)] = 0.5
     target_acceptance: Annotated[float, Gt(0), Lt(1)] = 0.35
-    max_levels: Annotated[int, Ge(1)] = 20
-    repeats: Annotated[int, Ge(1)] = 2
+    max_levels: Annotated[int, Ge(1)] = 12
+    repeats: Annotated[int, Ge(1)] = 4
 
     def __post_init__(self) -> None:
         if self._num_kept < 1:
@@ -82,16 +97,40 @@ class Splitting:
                 f"measurement.num_particles={self.num_particles}; use at least "
                 f"measurement.num_particles={math.ceil(1 / self.level_probability)}"
             )
+        least = max(self.repeats * self.num_particles, self.min_count)
+        for name in ("bank_size", "own_bank_size"):
+            if (size := getattr(self, name)) < least:
+                raise ValueError(
+                    f"measurement.{name}={size} is too small for measurement.repeats="
+                    f"{self.repeats} of measurement.num_particles={self.num_particles} and "
+                    f"measurement.min_count={self.min_count}; use at least {least}"
+                )
+
+    def bank(self, seed: int, shape: tuple[int, ...], sampler: Sampler) -> Bank:
+        """See `BankMeasurement`."""
+        return self._bank(self.bank_size, seed, shape, sampler)
 
     async def __call__(self, target: Target, setting: Setting, rng: torch.Generator) -> Outcome:
-        """Runs all repeats side by side; see `Measurement`."""
-        size, sampler = self.num_particles, setting.sampler
-        closest = _Closest(target, setting, only_guidance_scale(sampler))
-        free = Draws.from_prior(self.repeats * size, target.latents.shape[1:], sampler, rng)
-        similarities = await closest.see(free)
+        """Splits a bank that is the image's own; see `Measurement`."""
+        seed = int(torch.randint(2**62, (), generator=rng))
+        bank = self._bank(
+            self.own_bank_size, seed, tuple(target.latents.shape[1:]), setting.sampler
+        )
+        return await self.from_bank(await bank.drawn(target, setting), target, setting, rng)
+
+    async def from_bank(
+        self, drawn: DrawnBank, target: Target, setting: Setting, rng: torch.Generator
+    ) -> Outcome:
+        """Counts, or climbs with all repeats side by side; see `BankMeasurement`."""
+        sampler, goal = setting.sampler, setting.criterion.threshold
+        free = drawn.similarities(target)
+        closest = await drawn.closest(target, setting)
+        count = int((free >= goal).sum())
+        if count >= self.min_count:
+            return counted(free, closest, target, setting)
         populations = [
-            self._population(draws, own, setting.criterion)
-            for draws, own in zip(free.split(size), similarities.split(size), strict=True)
+            self._population(drawn.bank, rows, free[rows], goal)
+            for rows in torch.arange(len(free)).tensor_split(self.repeats)
         ]
         for level in range(self.max_levels + 1):
             for population in populations:
@@ -105,20 +144,23 @@ class Splitting:
             for _ in range(self.moves):
                 proposals = [population.propose(sampler, rng) for population in climbing]
                 similarities = await closest.see(Draws.joined(proposals))
-                parts = similarities.split(size)
+                parts = similarities.split(self.num_particles)
                 for population, proposal, own in zip(climbing, proposals, parts, strict=True):
                     population.decide(proposal, own)
             for population in climbing:
                 population.settle()
-        return _outcome(populations, closest, dimensions=target.latents[0].numel())
+        if count and not any(population.reached for population in populations):
+            return counted(free, closest, target, setting)
+        return _outcome(populations, closest, free, target, setting)
 
     def cost(self, sampler: Sampler, criterion: ReplicationCriterion) -> CostRange:
-        """See `Measurement`; fewest: the first level suffices."""
+        """See `Measurement`; fewest: the shared bank counts enough replicas."""
         of_sample = sampler.evaluations_at(only_guidance_scale(sampler))
-        first = self.repeats * self.num_particles * of_sample
-        most = (1 + self.max_levels * self.moves) * first
+        shown = NUM_SHOWN * of_sample
+        climb = self.max_levels * self.moves * self.repeats * self.num_particles * of_sample
+        most = shown + self.own_bank_size * of_sample + climb
         return CostRange(
-            fewest=Evaluations(forward=first, sampler=first),
+            fewest=Evaluations(forward=shown, sampler=shown),
             most=Evaluations(forward=most, sampler=most),
         )
 
@@ -126,75 +168,55 @@ class Splitting:
     def _num_kept(self) -> int:
         return int(self.level_probability * self.num_particles)
 
+    def _bank(self, size: int, seed: int, shape: tuple[int, ...], sampler: Sampler) -> Bank:
+        return Bank(
+            seed=seed, num_samples=size, block_size=self.block_size, shape=shape, sampler=sampler
+        )
+
     def _population(
-        self, draws: Draws, similarities: Tensor, criterion: ReplicationCriterion
+        self, bank: Bank, rows: Tensor, similarities: Tensor, goal: float
     ) -> Population:
         return Population(
-            draws,
+            lambda picked: bank.draws_of(rows[picked]),
             similarities,
-            goal=criterion.threshold,
+            goal=goal,
+            num_particles=self.num_particles,
             num_kept=self._num_kept,
             step=self.initial_step,
             target_acceptance=self.target_acceptance,
         )
 
 
-class _Closest:
-    """Asks for samples and remembers those that came closest to the image."""
-
-    def __init__(self, target: Target, setting: Setting, guidance_scale: float) -> None:
-        self.target, self.setting, self.guidance_scale = target, setting, guidance_scale
-        self.similarities: list[float] = []
-        self.pixels: list[Tensor] = []
-
-    async def see(self, draws: Draws) -> Tensor:
-        """(B,) similarities to the image of what is sampled from the draws, on the CPU."""
-        count = len(draws)
-        latents = await Sample(
-            draws.noise.to(self.target.latents),
-            self.setting.sampler,
-            self.target.rows(count),
-            tuple(draws.seeds.tolist()),
-            self.guidance_scale,
-            self.target.negative_rows(count),
-        )
-        embedding = await Embed(latents)
-        similarities = (embedding.vectors @ self.target.embedding).float().cpu()
-        best, rows = similarities.topk(min(NUM_SHOWN, count))
-        values = [*self.similarities, *best.tolist()]
-        pixels = [*self.pixels, *embedding.pixels[rows.to(embedding.pixels.device)].cpu()]
-        order = sorted(range(len(values)), key=lambda row: -values[row])[:NUM_SHOWN]
-        self.similarities = [values[row] for row in order]
-        self.pixels = [pixels[row] for row in order]
-        return similarities
-
-
-def _outcome(populations: Sequence[Population], closest: _Closest, *, dimensions: int) -> Outcome:
+def _outcome(
+    populations: Sequence[Population],
+    closest: Closest,
+    free: Tensor,
+    target: Target,
+    setting: Setting,
+) -> Outcome:
     estimate = combine(
-        [
-            Ladder(
-                factors=population.factors,
-                num_particles=len(population.similarities),
-                reached=population.reached,
-            )
-            for population in populations
-        ]
+        [Ladder(passed=population.passed, reached=population.reached) for population in populations]
     )
     acceptances = [value for population in populations for value in population.acceptances]
     first = populations[0]
+    replicas = (free >= setting.criterion.threshold).nonzero()[:, 0]
     nats = None if estimate.log_p is None else 0.0 - estimate.log_p
     return Outcome(
         status=_status(estimate),
-        score=None if nats is None else nats / dimensions,
+        score=None if nats is None else nats / target.latents[0].numel(),
         score_nats=nats,
         best_similarity=closest.similarities[0],
         curves={"level": first.levels, "acceptance": first.acceptances},
-        samples=torch.stack(closest.pixels),
+        tensors={"replicas": replicas},
+        samples=closest.samples,
         columns={
+            "method": "split",
             "log_p": estimate.log_p,
             "log_p_low": estimate.log_p_low,
             "log_p_high": estimate.log_p_high,
             "one_in": one_in(estimate.log_p),
+            "count": len(replicas),
+            "num_free_samples": len(free),
             "num_levels": max(len(population.levels) for population in populations),
             "num_reached": estimate.num_reached,
             "highest_level": max(-1.0, *(population.levels[-1] for population in populations)),
@@ -206,26 +228,3 @@ def _outcome(populations: Sequence[Population], closest: _Closest, *, dimensions
 def _status(estimate: ProbabilityEstimate) -> Status:
     """An estimate proves that a sample replicates; without one, p is censored, not 0."""
     return Status.CENSORED if estimate.log_p is None else Status.ESTIMATED
-
-
-def one_in(log_p: float | None) -> float | None:
-    """1 / p to three digits; None where it is unknown or beyond double precision."""
-    try:
-        return None if log_p is None else float(f"{math.exp(-log_p):.3g}")
-    except OverflowError:
-        return None
-
-
-def only_guidance_scale(sampler: Sampler) -> float:
-    """The probability is that of one way to use the model.
-
-    Raises:
-        ValueError: several ways are asked for.
-    """
-    if len(sampler.guidance_scales) > 1:
-        scales = ", ".join(f"{scale:g}" for scale in sampler.guidance_scales)
-        raise ValueError(
-            f"sampler.guidance_scales=[{scales}] leaves open which probability is meant; use one, "
-            f"as sampler.guidance_scales=[{sampler.guidance_scales[0]:g}]"
-        )
-    return sampler.guidance_scales[0]

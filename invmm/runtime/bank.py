@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor
 
 from invmm.engine.engine import Engine
 from invmm.engine.outcomes import Outcome, Status
 from invmm.engine.protocols import Setting, Target
 from invmm.engine.slots import Job
 from invmm.files import write_atomically
-from invmm.probability.free_sampling import Bank
+from invmm.probability.bank import Bank, DrawnBank
 from invmm.results.run_folder import Claim, RunFolder
 
 _SECONDS_BETWEEN_LOOKS = 0.5
@@ -23,8 +22,8 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 def draw_bank(
     bank: Bank, target: Target, setting: Setting, engine: Engine, folder: RunFolder
-) -> Tensor:
-    """(M, D) embeddings of all samples, once every block is drawn.
+) -> DrawnBank:
+    """The bank, once every block is drawn.
 
     Blocks that another process is drawing are waited for, and taken over if it dies.
 
@@ -43,7 +42,7 @@ def draw_bank(
     while missing := [block for block, file in enumerate(files) if not file.exists()]:
         if not _draw_blocks(missing, files, bank, target, setting, engine, folder):
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-    return torch.cat([load_file(file)["embeddings"] for file in files])
+    return DrawnBank(bank, torch.cat([load_file(file)["embeddings"] for file in files]))
 
 
 def _draw_blocks(

@@ -20,10 +20,11 @@ from invmm.engine.requests import Denoise
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
 from invmm.files import json_digest
-from invmm.probability.free_sampling import FreeSampling, SharedFreeSampling
+from invmm.probability.bank import BankMeasurement, SharedBank
 from invmm.results.records import write_record
 from invmm.results.run_folder import Claim, RunFolder
 from invmm.runtime.bank import draw_bank
+from invmm.runtime.conditions import Conditions
 from invmm.runtime.plan import MeasureRun
 from invmm.runtime.processes import peak_memory_bytes
 
@@ -55,8 +56,7 @@ class Worker:
     ) -> None:
         self.run, self.folder, self.dataset, self.entries = run, folder, dataset, entries
         self.network = run.execution.prepare(run.model.load(device))
-        with torch.no_grad():
-            self._negative = self.network.negative(run.prompt.negative)
+        self.conditions = Conditions(self.network, run.prompt)
         self.similarity: Similarity = run.replication.similarity.load(device)
         second = run.replication.second_opinion
         self.second_opinion: Similarity | None = second.load(device) if second else None
@@ -91,7 +91,7 @@ class Worker:
     def _draw_bank(self, engine: Engine) -> None:
         """Free samples that all images share are drawn first, by all processes."""
         recipe, prompt = self.run.measurement, self.run.prompt
-        if isinstance(recipe, FreeSampling) and prompt.is_shared:
+        if isinstance(recipe, BankMeasurement) and prompt.is_shared:
             blank = ImageEntry(image_id="", path="", label=prompt.label)
             shape = self.network.latent_shape
             with torch.no_grad():
@@ -100,13 +100,13 @@ class Worker:
                     pixels=torch.zeros(0),
                     latents=torch.zeros(1, *shape, device=self.network.device),
                     embedding=torch.zeros(0),
-                    condition=self.network.condition(prompt.of(blank)),
-                    negative=self._negative,
+                    condition=self.conditions.of(blank),
+                    negative=self.conditions.negative,
                 )
             seed = image_generator(self.run.seed, "free samples").initial_seed()
             bank = recipe.bank(seed, shape, self.run.sampler)
-            embeddings = draw_bank(bank, target, self.setting, engine, self.folder)
-            self.measurement = SharedFreeSampling(bank=bank, embeddings=embeddings, recipe=recipe)
+            drawn = draw_bank(bank, target, self.setting, engine, self.folder)
+            self.measurement = SharedBank(drawn, recipe)
 
     def _settings(self) -> EngineSettings:
         """Row counts left open are measured by one process of the run, and kept."""
@@ -142,7 +142,6 @@ class Worker:
         return self.measurement(self._target(entry, loaded), self.setting, rng)
 
     def _target(self, entry: ImageEntry, loaded: LoadedImage) -> Target:
-        prompt = self.run.prompt.of(entry)
         pixels = loaded.pixels[None].to(self.network.device)
         with torch.no_grad():
             return Target(
@@ -150,8 +149,9 @@ class Worker:
                 pixels=pixels[0],
                 latents=self.network.encode(pixels),
                 embedding=self.similarity.embed(pixels)[0],
-                condition=self.network.condition(prompt),
-                negative=self._negative,
+                condition=self.conditions.of(entry),
+                negative=self.conditions.negative,
+                tokens=self.conditions.tokens(entry),
             )
 
     def _finish(self, image_id: str, outcome: Outcome) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 
+import pytest
 import tiny
 import torch
 
@@ -31,7 +32,8 @@ def test_the_estimate_agrees_with_a_count(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["invmm"])
     model = tiny.save_model(tmp_path / "model")
     images = tiny.save_images(tmp_path / "png", 3)
-    overrides = overrides_for(model, images, tmp_path / "run", "measurement=probability")
+    splitting = ("measurement=probability", "measurement.bank_size=256")
+    overrides = overrides_for(model, images, tmp_path / "run", *splitting)
     assert measure.COMMAND.run(overrides) == 0
     assert "one in ... draws (95 %)" in capsys.readouterr().out
 
@@ -76,15 +78,21 @@ def test_the_estimate_agrees_with_a_count(tmp_path, monkeypatch, capsys):
     assert estimated == 3
 
 
-def test_a_bank_is_shared_by_shards_kept_and_the_same_as_one_run(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("measurement", [
+    ("measurement=free_sampling", "measurement.num_samples=200"),
+    ("measurement=probability", "measurement.bank_size=200", "measurement.min_count=30",
+     "measurement.max_levels=3"),
+])  # fmt: skip
+def test_a_bank_is_shared_by_shards_kept_and_the_same_as_one_run(
+    measurement, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(sys, "argv", ["invmm"])
     model = tiny.save_model(tmp_path / "model")
     images = tiny.save_images(tmp_path / "png", 3)
-    counting = ("measurement=free_sampling", "measurement.num_samples=200",
-                "measurement.block_size=32")  # fmt: skip
-    assert measure.COMMAND.run(overrides_for(model, images, tmp_path / "one", *counting)) == 0
+    chosen = (*measurement, "measurement.block_size=32")
+    assert measure.COMMAND.run(overrides_for(model, images, tmp_path / "one", *chosen)) == 0
     for shard in ("0/2", "1/2"):
-        overrides = overrides_for(model, images, tmp_path / "two", *counting, f"shard={shard}")
+        overrides = overrides_for(model, images, tmp_path / "two", *chosen, f"shard={shard}")
         assert measure.COMMAND.run(overrides) == 0
         blocks = {
             path: path.stat().st_mtime_ns for path in (tmp_path / "two/free_samples").iterdir()

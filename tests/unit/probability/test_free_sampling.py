@@ -8,11 +8,15 @@ import pytest
 import torch
 from worlds import Direction, MicroNetwork, make_setting, make_target
 
+from invmm.diffusion.sampling import Sampler
 from invmm.engine.engine import Engine
 from invmm.engine.outcomes import Outcome, Status
+from invmm.engine.protocols import Measurement
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
-from invmm.probability.free_sampling import FreeSampling, SharedFreeSampling, counted
+from invmm.probability.bank import BankMeasurement, DrawnBank, SharedBank
+from invmm.probability.free_sampling import FreeSampling
+from invmm.probability.splitting import Splitting
 
 
 def run(network, start) -> Outcome:
@@ -30,8 +34,8 @@ def test_a_sample_can_be_drawn_again_from_its_index(scheduler):
     bank = FreeSampling(num_samples=50, block_size=16).bank(7, (3, 8, 8), setting.sampler)
     assert bank.num_blocks == 4
     assert [len(bank.draws(block)) for block in range(4)] == [16, 16, 16, 2]
-    again = bank.draws_of([0, 17, 49])
-    for row, (block, place) in enumerate([(0, 0), (1, 1), (3, 1)]):
+    again = bank.draws_of(torch.tensor([17, 49, 0, 17]))
+    for row, (block, place) in enumerate([(1, 1), (3, 1), (0, 0), (1, 1)]):
         assert torch.equal(again.noise[row], bank.draws(block).noise[place])
         assert again.seeds[row] == bank.draws(block).seeds[place]
     outcome = run(
@@ -55,7 +59,7 @@ def test_counts_and_intervals_by_hand():
     embeddings[5] = -target.embedding
     recipe = FreeSampling(num_samples=10, block_size=4)
     bank = recipe.bank(0, (3, 8, 8), setting.sampler)
-    shared = SharedFreeSampling(bank=bank, embeddings=embeddings, recipe=recipe)
+    shared = SharedBank(DrawnBank(bank, embeddings), recipe)
     outcome = run(network, lambda: shared(target, setting, torch.Generator()))
     assert outcome.status is Status.ESTIMATED
     assert outcome.tensors["replicas"].tolist() == [3, 8]
@@ -64,11 +68,14 @@ def test_counts_and_intervals_by_hand():
     assert outcome.replication_rate == 0.2
     assert outcome.columns["count"] == 2
     assert outcome.columns["one_in"] == 5
+    assert outcome.columns["method"] == "counted"
+    assert outcome.columns["num_free_samples"] == 10
     # Clopper-Pearson for 2 of 10
     assert math.exp(outcome.columns["log_p_low"]) == pytest.approx(0.02521, abs=1e-5)
     assert math.exp(outcome.columns["log_p_high"]) == pytest.approx(0.55610, abs=1e-5)
 
-    none = run(network, lambda: counted(torch.zeros_like(embeddings), bank, target, setting))
+    empty = SharedBank(DrawnBank(bank, torch.zeros_like(embeddings)), recipe)
+    none = run(network, lambda: empty(target, setting, torch.Generator()))
     assert none.status is Status.CENSORED
     assert none.score is None
     assert none.columns["log_p"] is None
@@ -86,6 +93,16 @@ def test_evaluations_are_those_foretold():
     assert own.evaluations == cost.most
     assert cost.most.forward == (40 + 8) * 10
     bank = recipe.bank(0, (3, 8, 8), setting.sampler)
-    shared = SharedFreeSampling(bank=bank, embeddings=torch.zeros(40, 192), recipe=recipe)
+    shared = SharedBank(DrawnBank(bank, torch.zeros(40, 192)), recipe)
     outcome = run(network, lambda: shared(make_target(network), setting, rng))
     assert outcome.evaluations == cost.fewest
+
+
+def test_measurements_that_begin_with_a_bank_are_known_by_what_they_can_do():
+    assert isinstance(FreeSampling(), BankMeasurement)
+    assert isinstance(Splitting(), BankMeasurement)
+    drawn = SharedBank(
+        DrawnBank(FreeSampling().bank(0, (3, 8, 8), Sampler()), torch.zeros(1, 1)), FreeSampling()
+    )
+    assert isinstance(drawn, Measurement)
+    assert not isinstance(drawn, BankMeasurement)

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from scipy.stats import t
 from torch import Tensor
 
 from invmm.diffusion.sampling import Sampler
-from invmm.probability.certificate import clopper_pearson
-from invmm.probability.estimate import Ladder, combine
+from invmm.probability.estimate import Ladder, combine, one_in
 from invmm.probability.population import SMALLEST_STEP, Draws, Population, next_level
 
 SAMPLER = Sampler(num_inference_steps=1)
@@ -27,8 +27,11 @@ def height(draws: Draws) -> Tensor:
 
 def population(count: int = 64, *, goal: float = 9.0, **changes) -> Population:
     draws = Draws.from_prior(count, (1, 2, 2), SAMPLER, rng())
-    options = {"num_kept": count // 4, "step": 0.5, "target_acceptance": 0.35, **changes}
-    return Population(draws, height(draws), goal=goal, **options)
+    options = {
+        "num_particles": count, "num_kept": count // 4, "step": 0.5, "target_acceptance": 0.35,
+        **changes,
+    }  # fmt: skip
+    return Population(lambda rows: draws[rows], height(draws), goal=goal, **options)
 
 
 # Levels -------------------------------------------------------------------------------------
@@ -53,12 +56,30 @@ def test_next_level_by_hand(similarities, expected):
 def test_survivors_are_copied_equally_often():
     climbing = population(10, num_kept=3)
     climbing.raise_level()
-    assert climbing.factors == [0.3]
+    assert climbing.passed == [(3, 10)]
     survivors = climbing.similarities.topk(3).values.tolist()
     climbing.resample(rng())
     copies = sorted(climbing.similarities.tolist().count(value) for value in survivors)
     assert copies == [3, 3, 4]
     assert torch.equal(climbing.similarities, height(climbing.draws))
+
+
+def test_a_few_of_many_free_samples_become_the_particles():
+    climbing = population(1000, num_particles=20, num_kept=5)
+    free = climbing.similarities
+    climbing.raise_level()
+    assert climbing.passed == [(5, 1000)]
+    assert climbing.levels == [free.topk(6).values[-1].item()]
+    climbing.resample(rng())
+    assert len(climbing.draws) == len(climbing.similarities) == 20
+    assert {*climbing.similarities.tolist()} == {*free.topk(5).values.tolist()}
+    proposals = climbing.propose(SAMPLER, rng(1))
+    climbing.decide(proposals, height(proposals))
+    climbing.raise_level()
+    assert climbing.passed == [(5, 1000), (5, 20)]
+    climbing.resample(rng(2))
+    assert torch.equal(climbing.similarities, height(climbing.draws))
+    assert climbing.similarities.min().item() > climbing.levels[-1]
 
 
 # Moves --------------------------------------------------------------------------------------
@@ -110,6 +131,7 @@ def test_moves_below_the_level_are_refused_and_the_step_adapts():
 def test_the_step_stays_in_its_range():
     climbing = population()
     climbing.raise_level()
+    climbing.resample(rng())
     proposals = climbing.propose(SAMPLER, rng(1))
     for similarity, end in ((9.0, 1.0), (-9.0, SMALLEST_STEP)):
         for _ in range(40):
@@ -137,59 +159,70 @@ def test_particles_at_a_level_follow_the_truncated_normal():
 # Intervals ----------------------------------------------------------------------------------
 
 
-def ladder(*factors: float, reached: bool = True) -> Ladder:
-    return Ladder(factors=factors, num_particles=100, reached=reached)
+def ladder(*survivors: int, reached: bool = True) -> Ladder:
+    """Levels that so many of 100 particles passed."""
+    return Ladder(passed=[(count, 100) for count in survivors], reached=reached)
 
 
-def test_one_repeat_has_the_delta_interval():
-    estimate = combine([ladder(0.25, 0.5)])
+def test_a_ladder_multiplies_its_shares():
+    mixed = Ladder(passed=[(16, 512), (8, 64)], reached=True)
+    assert mixed.log_p == pytest.approx(math.log(1 / 256))
+    # (1 - f) / (f N) of both levels
+    assert mixed.relative_variance == pytest.approx((31 / 32) / 16 + (7 / 8) / 8)
+
+
+def test_one_repeat_has_the_interval_expected_beforehand():
+    estimate = combine([ladder(25, 50)])
     assert estimate.log_p == pytest.approx(math.log(0.125))
-    half_width = 1.959964 * math.sqrt(3 / 100 + 1 / 100)
+    half_width = t.ppf(0.975, 4) * math.sqrt(3 * (3 / 100 + 1 / 100))
     assert estimate.log_p_low == pytest.approx(math.log(0.125) - half_width)
     assert estimate.log_p_high == pytest.approx(math.log(0.125) + half_width)
 
 
-def test_spread_repeats_have_students_interval_and_close_ones_the_delta_interval():
-    spread = combine([ladder(0.25, 0.4), ladder(0.25, 0.1)])
+def test_the_spread_of_repeats_is_weighed_against_what_was_expected():
+    """Four degrees of freedom of prior and one of two repeats."""
+    spread = combine([ladder(25, 40), ladder(25, 10)])
     assert spread.log_p == pytest.approx(math.log(0.0625))
-    half_width = 12.7062 * math.log(4) / 2
-    assert spread.log_p_low == pytest.approx(math.log(0.0625) - half_width, rel=1e-4)
-    assert spread.log_p_high == 0  # p is at most 1
-    close = combine([ladder(0.25, 0.5)] * 2)
-    half_width = 1.959964 * math.sqrt(0.04 / 2)
+    expected = 3 * (0.03 + (0.015 + 0.09) / 2)
+    squares = math.log(4) ** 2 / 2
+    half_width = t.ppf(0.975, 5) * math.sqrt((4 * expected + squares) / 5 / 2)
+    assert spread.log_p_low == pytest.approx(math.log(0.0625) - half_width)
+    assert spread.log_p_high == pytest.approx(min(0, math.log(0.0625) + half_width))
+    close = combine([ladder(25, 50)] * 2)
+    half_width = t.ppf(0.975, 5) * math.sqrt(4 * 3 * 0.04 / 5 / 2)
     assert close.log_p_high == pytest.approx(math.log(0.125) + half_width)
+    assert combine([ladder(98), ladder(99)]).log_p_high == 0  # p is at most 1
 
 
 def test_a_stuck_repeat_counts_as_nothing_below_and_as_its_bound_above():
-    estimate = combine([ladder(0.25, 0.5), ladder(0.2, reached=False)])
+    estimate = combine([ladder(25, 50), ladder(20, reached=False)])
     assert estimate.num_reached == 1
     assert estimate.log_p == pytest.approx(math.log(0.125 / 2))
-    half_width = 1.959964 * math.sqrt((0.04 + 0.04) / 4)
+    # one of two reached a replica: 1/1 - 1/2
+    half_width = t.ppf(0.975, 4) * math.sqrt(3 * 0.04 + 0.5)
     assert estimate.log_p_low == pytest.approx(math.log(0.125 / 2) - half_width)
-    assert estimate.log_p_high == pytest.approx(math.log(0.325 / 2) + half_width)
+    assert estimate.log_p_high == pytest.approx(min(0, math.log(0.325 / 2) + half_width))
 
 
 def test_without_a_replica_only_the_bound_is_known():
-    estimate = combine([ladder(0.25, 0.2, reached=False), ladder(0.25, reached=False)])
+    estimate = combine([ladder(25, 20, reached=False)] * 2)
     assert (estimate.log_p, estimate.log_p_low, estimate.num_reached) == (None, None, 0)
-    half_width = 1.959964 * math.sqrt((0.03 + 0.04 + 0.03) / 4)
-    assert estimate.log_p_high == pytest.approx(math.log(0.15) + half_width)
-
-
-def test_a_single_level_is_a_count_with_its_exact_interval():
-    estimate = combine([ladder(0.3), ladder(0.4)])
-    assert estimate.log_p == pytest.approx(math.log(0.35))
-    ends = [math.exp(estimate.log_p_low), math.exp(estimate.log_p_high)]
-    assert ends == pytest.approx(clopper_pearson(70, 200))
-    assert combine([ladder(1.0)]).log_p == 0
-    assert combine([ladder(1.0)]).log_p_low == pytest.approx(math.log(0.025) / 100)
+    half_width = t.ppf(0.975, 5) * math.sqrt(4 * 3 * 0.07 / 5 / 2)
+    assert estimate.log_p_high == pytest.approx(math.log(0.05) + half_width)
 
 
 def test_tiny_probabilities_stay_on_the_log_scale():
-    deep = ladder(*[0.25] * 2000)
+    deep = ladder(*[25] * 2000)
     assert combine([deep, deep]).log_p == pytest.approx(2000 * math.log(0.25))
 
 
 def test_no_repeats_are_refused():
     with pytest.raises(ValueError, match="0 repeats"):
         combine([])
+
+
+@pytest.mark.parametrize(("log_p", "expected"), [
+    (math.log(1 / 1234), 1230), (0.0, 1), (-2000.0, None), (None, None),
+])  # fmt: skip
+def test_one_in_has_three_digits(log_p, expected):
+    assert one_in(log_p) == expected

@@ -1,0 +1,200 @@
+"""Free samples that many images can be compared with.
+
+A bank is drawn in blocks, each from a generator of its own, so that any process can draw any block
+and any sample can be drawn again from its index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from invmm.diffusion.sampling import Sampler
+from invmm.engine.criterion import ReplicationCriterion
+from invmm.engine.outcomes import CostRange, Outcome
+from invmm.engine.protocols import Measurement, Setting, Target
+from invmm.engine.requests import Embed, Embedding, Sample
+from invmm.probability.population import Draws
+
+NUM_SHOWN = 8
+"""Closest samples that an outcome shows, as many as a check of the paper draws."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bank:
+    """Free samples by index; nothing is drawn yet.
+
+    Attributes:
+        seed: of all of them.
+        num_samples: M.
+        block_size: samples of a block; the last may be smaller.
+        shape: (C, H, W) of a latent.
+        sampler: how the model draws.
+    """
+
+    seed: int
+    num_samples: int
+    block_size: int
+    shape: tuple[int, ...]
+    sampler: Sampler
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks to draw."""
+        return -(-self.num_samples // self.block_size)
+
+    def draws(self, block: int) -> Draws:
+        """The randomness of a block."""
+        count = min(self.block_size, self.num_samples - block * self.block_size)
+        rng = torch.Generator().manual_seed((self.seed + block) % 2**63)
+        return Draws.from_prior(count, self.shape, self.sampler, rng)
+
+    def draws_of(self, indices: Tensor) -> Draws:
+        """The randomness of the samples with these indices (B,), in their order."""
+        blocks = indices // self.block_size
+        order = blocks.argsort(stable=True)
+        parts = [
+            self.draws(block)[indices[blocks == block] % self.block_size]
+            for block in blocks.unique().tolist()
+        ]
+        return Draws.joined(parts)[order.argsort()]
+
+    async def vectors(self, block: int, target: Target, setting: Setting) -> Tensor:
+        """(B, D) embeddings of a block, drawn under the target's condition, on the CPU."""
+        return (await sampled(self.draws(block), target, setting)).vectors.float().cpu()
+
+    async def drawn(self, target: Target, setting: Setting) -> DrawnBank:
+        """All of it, for one image."""
+        vectors = [await self.vectors(block, target, setting) for block in range(self.num_blocks)]
+        return DrawnBank(self, torch.cat(vectors))
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnBank:
+    """A bank and what its samples look like.
+
+    Attributes:
+        bank: to draw any of them again.
+        embeddings: (M, D) of all of them.
+    """
+
+    bank: Bank
+    embeddings: Tensor
+
+    def similarities(self, target: Target) -> Tensor:
+        """(M,) of the samples to an image, on the CPU."""
+        return self.embeddings @ target.embedding.float().cpu()
+
+    async def closest(self, target: Target, setting: Setting) -> Closest:
+        """The samples closest to an image, drawn again for their pictures."""
+        similarities = self.similarities(target)
+        rows = similarities.topk(min(NUM_SHOWN, len(similarities))).indices
+        closest = Closest(target, setting)
+        await closest.see(self.bank.draws_of(rows))
+        return closest
+
+
+@runtime_checkable
+class BankMeasurement(Measurement, Protocol):
+    """A measurement that begins with free samples, which images of one condition can share."""
+
+    def bank(self, seed: int, shape: tuple[int, ...], sampler: Sampler) -> Bank:
+        """The samples that all images share, if they share their condition."""
+        ...
+
+    async def from_bank(
+        self, drawn: DrawnBank, target: Target, setting: Setting, rng: torch.Generator
+    ) -> Outcome:
+        """What the measurement says of an image once the bank has been drawn."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class SharedBank:
+    """A measurement whose bank has been drawn, for all images.
+
+    Attributes:
+        drawn: the bank.
+        recipe: what asked for it.
+    """
+
+    drawn: DrawnBank
+    recipe: BankMeasurement
+
+    def __call__(
+        self, target: Target, setting: Setting, rng: torch.Generator
+    ) -> Coroutine[Any, Any, Outcome]:
+        """See `Measurement`."""
+        return self.recipe.from_bank(self.drawn, target, setting, rng)
+
+    def cost(self, sampler: Sampler, criterion: ReplicationCriterion) -> CostRange:
+        """See `Measurement`."""
+        return self.recipe.cost(sampler, criterion)
+
+
+class Closest:
+    """Samples what an image is compared with, and remembers what came closest to it.
+
+    Args:
+        target: the image.
+        setting: how the model draws.
+
+    Attributes:
+        similarities: of the closest samples, highest first.
+        pixels: of the same, (3, H, W) in [-1, 1].
+    """
+
+    def __init__(self, target: Target, setting: Setting) -> None:
+        self.target, self.setting = target, setting
+        self.similarities: list[float] = []
+        self.pixels: list[Tensor] = []
+
+    async def see(self, draws: Draws) -> Tensor:
+        """(B,) similarities to the image of what is sampled from the draws, on the CPU."""
+        embedding = await sampled(draws, self.target, self.setting)
+        similarities = (embedding.vectors @ self.target.embedding).float().cpu()
+        best, rows = similarities.topk(min(NUM_SHOWN, len(draws)))
+        values = [*self.similarities, *best.tolist()]
+        pixels = [*self.pixels, *embedding.pixels[rows.to(embedding.pixels.device)].cpu()]
+        order = sorted(range(len(values)), key=lambda row: -values[row])[:NUM_SHOWN]
+        self.similarities = [values[row] for row in order]
+        self.pixels = [pixels[row] for row in order]
+        return similarities
+
+    @property
+    def samples(self) -> Tensor:
+        """(N, 3, H, W) pixels in [-1, 1] of the closest, best first."""
+        return torch.stack(self.pixels)
+
+
+async def sampled(draws: Draws, target: Target, setting: Setting) -> Embedding:
+    """What the model makes of the draws under the target's condition."""
+    count = len(draws)
+    latents = await Sample(
+        draws.noise.to(target.latents),
+        setting.sampler,
+        target.rows(count),
+        tuple(draws.seeds.tolist()),
+        only_guidance_scale(setting.sampler),
+        target.negative_rows(count),
+    )
+    return await Embed(latents)
+
+
+def only_guidance_scale(sampler: Sampler) -> float:
+    """The probability is that of one way to use the model.
+
+    Raises:
+        ValueError: several ways are asked for.
+    """
+    if len(sampler.guidance_scales) > 1:
+        scales = ", ".join(f"{scale:g}" for scale in sampler.guidance_scales)
+        raise ValueError(
+            f"sampler.guidance_scales=[{scales}] leaves open which probability is meant; use one, "
+            f"as sampler.guidance_scales=[{sampler.guidance_scales[0]:g}]"
+        )
+    return sampler.guidance_scales[0]
