@@ -1,0 +1,96 @@
+"""A check of a rate against one that draws everything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from worlds import (
+    ConditionalNetwork,
+    Direction,
+    MicroNetwork,
+    make_conditional_target,
+    make_setting,
+    make_target,
+)
+
+from invmm.engine.check import Check
+from invmm.engine.engine import Engine
+from invmm.engine.outcomes import Outcome, Status
+from invmm.engine.settings import EngineSettings
+from invmm.engine.slots import Job
+from invmm.inversion.rate_check import check_rate, deciding_failures, rate
+
+
+def checked(network, target, setting, noise: Tensor, lowest_rate: float, scales=(1.0,)) -> Check:
+    """As the engine answers it."""
+    found = []
+
+    async def measurement() -> Outcome:
+        rng = torch.Generator().manual_seed(5)
+        options = {"lowest_rate": lowest_rate, "guidance_scales": scales}
+        found.append(await check_rate(noise, target, setting, rng, **options))
+        return Outcome(status=Status.REPLICATED)
+
+    engine = Engine(network, Direction(), EngineSettings())
+    [(_, outcome)] = engine.run([Job("it", measurement)])
+    assert outcome.error is None
+    return found[0]
+
+
+def normal(count: int, network) -> Tensor:
+    return torch.randn(count, *network.latent_shape, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_decision_is_that_of_all_samples(eta):
+    network = MicroNetwork()
+    target, noise = make_target(network), normal(16, network)
+
+    def at(threshold: float) -> Check:
+        setting = make_setting(network, threshold=threshold, eta=eta)
+        return checked(network, target, setting, noise, 0.8)
+
+    everything = at(-1.0).similarities
+    assert len(everything) == 16
+    thresholds = [2.0, *everything.sort(descending=True).values.tolist()]
+    for count, threshold in enumerate(thresholds):  # so many replicate; 13 of 16 are needed
+        found = at(threshold)
+        drawn = len(found.similarities)
+        assert found.passed == (count >= 13)
+        assert torch.equal(found.similarities, everything[:drawn])
+        assert len(found.pixels) == drawn
+        assert drawn in (4, 8, 16)
+        failures = (everything[:drawn] < threshold).sum()
+        assert failures >= 4 or drawn == 16
+    assert len(at(2.0).similarities) == 4
+
+
+def test_the_scale_that_passes_ends_the_check_else_the_highest_rate_counts():
+    network = ConditionalNetwork()
+    target, noise = make_conditional_target(network), normal(8, network)
+    scales = (1.0, 3.0)
+    full = [
+        checked(network, target, make_setting(network, threshold=-1.0), noise, 1.0, (scale,))
+        for scale in scales
+    ]
+    worse, better = sorted(full, key=lambda check: check.best)
+    threshold = (worse.best + better.best) / 2  # reached at one scale only, by some samples
+    setting = make_setting(network, threshold=threshold)
+    reached = rate(better, setting)
+    assert 0 < reached < 1
+    for order in (scales, scales[::-1]):
+        failed = checked(network, target, setting, noise, reached + 0.1, order)
+        assert (failed.passed, failed.guidance_scale) == (False, better.guidance_scale)
+        passed = checked(network, target, setting, noise, reached, order)
+        assert (passed.passed, passed.guidance_scale) == (True, better.guidance_scale)
+    setting = make_setting(network, threshold=-1.0)
+    assert checked(network, target, setting, noise, 1.0, scales[::-1]).guidance_scale == 3.0
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "lowest_rate", "expected"),
+    [(32, 0.92, 3), (32, 1.0, 1), (10, 0.9, 2), (10, 0.7, 4), (4, 0.5, 3), (32, 0.01, 32)],
+)
+def test_failures_that_decide(num_samples, lowest_rate, expected):
+    assert deciding_failures(num_samples, lowest_rate) == expected
