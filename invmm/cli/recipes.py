@@ -20,6 +20,7 @@ from invmm.engine.protocols import Measurement
 from invmm.engine.settings import EngineSettings
 from invmm.files import json_digest
 from invmm.inversion.inversion import Inversion
+from invmm.inversion.trajectory import Trajectory
 from invmm.models.adapter import ModelInfo, ModelRecipe
 from invmm.models.architectures import TrainableModel
 from invmm.models.execution import Execution
@@ -171,6 +172,9 @@ def _check_between(config: Mapping[str, Any], faults: list[str]) -> None:
             f"prompt=learned cannot be searched by a {type(measurement).__name__}; use "
             "measurement=inversion with inversion=paper_sd, or prompt=caption"
         )
+    replication: Replication | None = _readable(Replication, config.get("replication"))
+    if isinstance(measurement, Trajectory) and replication is not None:
+        _collect(lambda: measurement.check_criterion(replication), faults)
     if sampler is not None:
         _collect(lambda: sampler.check_steps(info.num_train_timesteps), faults)
         scales = list(sampler.guidance_scales)

@@ -79,10 +79,9 @@ class Trajectory:
         candidate_rate: share of them that must replicate to pass.
         shrink: of the mean and of the log-variance by each step back towards the prior.
         num_shrinks: steps back at most, each after a check that is passed.
-        num_confirm: fresh samples, drawn after the distribution is frozen.
-        num_confirmations: how many distributions may be tried, those nearest to the prior first;
-            the search goes on after a step whose distributions all failed. The intervals are
-            widened for so many looks (Bonferroni).
+        num_confirmations: how many distributions may be tried by `replication.num_confirm` fresh
+            samples each, those nearest to the prior first; the search goes on after a step whose
+            distributions all failed. The intervals are widened for so many looks (Bonferroni).
         confirmed_rate: share of the fresh samples that must replicate.
         confidence: of the rate's interval and the certificate, over all looks.
         check_prior: check the untouched prior first, so that an image which the model returns
@@ -106,7 +105,6 @@ class Trajectory:
     candidate_rate: Annotated[float, Gt(0), Le(1)] = 0.92
     shrink: Annotated[float, Gt(0), Lt(1)] = 0.85
     num_shrinks: Annotated[int, Ge(0)] = 4
-    num_confirm: Annotated[int, Ge(1)] = 64
     num_confirmations: Annotated[int, Ge(1)] = 4
     confirmed_rate: Annotated[float, Gt(0), Le(1)] = 0.9
     confidence: Annotated[float, Gt(0), Lt(1)] = 0.95
@@ -126,7 +124,12 @@ class Trajectory:
             )
 
     async def __call__(self, target: Target, setting: Setting, rng: torch.Generator) -> Outcome:
-        """Runs the search; see `Measurement`."""
+        """Runs the search; see `Measurement`.
+
+        Raises:
+            ValueError: the model cannot be sampled in so many steps, or nothing would be confirmed.
+        """
+        self.check_criterion(setting.criterion)
         noise = GaussianNoise.prior(target.latents)
         optimizer = Adam(noise.parameters(), self._moved(noise), self.betas, self.step_size)
         short = self.short_sampler(setting)
@@ -168,6 +171,17 @@ class Trajectory:
             return trace.diverged(error)
         return self._outcome(trace, looks)
 
+    def check_criterion(self, criterion: ReplicationCriterion) -> None:
+        """Refuses a criterion without fresh samples.
+
+        Raises:
+            ValueError: naming the key, the value and the cure.
+        """
+        if criterion.num_confirm == 0:
+            raise ValueError(
+                "replication.num_confirm=0 leaves inversion=trajectory nothing to confirm; use 64"
+            )
+
     def short_sampler(self, setting: Setting) -> Sampler:
         """The differentiated sampler: deterministic, and otherwise like that of the checks.
 
@@ -193,7 +207,7 @@ class Trajectory:
             calls = of_sample // sampler.num_evaluations  # 2 of a guided step
             moved = self.num_steps * self.batch_size * self.sampler_steps * calls
             drawn = checks * num_check * sum(by_scale)
-            confirmed = self.num_shrinks * num_check + self.num_confirm
+            confirmed = self.num_shrinks * num_check + criterion.num_confirm
             forward = moved + drawn + confirmations * confirmed * of_sample
             return Evaluations(forward=forward, backward=moved, sampler=forward)
 
@@ -282,7 +296,7 @@ class Trajectory:
             target,
             setting,
             rng,
-            num_samples=self.num_confirm,
+            num_samples=setting.criterion.num_confirm,
             guidance_scale=guidance_scale,
             basis=self.basis,
             confidence=1 - (1 - self.confidence) / self.num_confirmations,

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import worlds
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 from worlds import (
@@ -17,7 +18,6 @@ from worlds import (
     PixelWorld,
     linear_schedule,
     make_conditional_target,
-    make_setting,
     make_target,
 )
 
@@ -40,8 +40,12 @@ from invmm.probability.certificate import clopper_pearson, log_p_certified, lowe
 
 
 def trajectory(**changes) -> Trajectory:
-    options = {"num_steps": 8, "batch_size": 4, "check_every": 4, "num_check": 4, "num_confirm": 8}
+    options = {"num_steps": 8, "batch_size": 4, "check_every": 4, "num_check": 4}
     return Trajectory(**{**options, **changes})
+
+
+def make_setting(network, **options):
+    return worlds.make_setting(network, **{"num_confirm": 8, **options})
 
 
 def run(measure, network, setting, seeds=(0,), make=make_target, **settings) -> list[Outcome]:
@@ -210,10 +214,11 @@ def test_the_optimum_on_gaussian_data_is_found(basis):
 def test_an_image_that_the_prior_replicates_scores_zero():
     network = IdealNetwork()
     measure = trajectory()
-    [outcome] = run(measure, network, make_setting(network, threshold=-1.0))
+    setting = make_setting(network, threshold=-1.0)
+    [outcome] = run(measure, network, setting)
     assert (outcome.status, outcome.score, outcome.steps) == (Status.REPLICATED, 0.0, 0)
     assert (outcome.replication_rate, outcome.evaluations.backward) == (1.0, 0)
-    assert outcome.evaluations.forward == (measure.num_check + measure.num_confirm) * 10
+    assert outcome.evaluations.forward == (measure.num_check + setting.criterion.num_confirm) * 10
 
 
 # The confirmation ---------------------------------------------------------------------------
@@ -237,8 +242,8 @@ class Coin(PixelWorld):
 
 def test_a_distribution_that_passed_its_checks_by_luck_is_not_replicated():
     network = Coin(0.7)
-    setting = make_setting(network, num_inference_steps=1)
-    measure = trajectory(sampler_steps=1, num_steps=80, num_confirm=64, num_confirmations=1)
+    setting = make_setting(network, num_inference_steps=1, num_confirm=64)
+    measure = trajectory(sampler_steps=1, num_steps=80, num_confirmations=1)
     for seed in range(6):
         [outcome] = run(of_first_image(measure), network, setting, (seed,))
         assert outcome.status is Status.NOT_REPLICATED
@@ -257,8 +262,8 @@ def of_first_image(measure):
 
 def test_the_confirmation_is_reported_with_what_it_proves():
     network = Coin(0.99)
-    setting = make_setting(network, num_inference_steps=1)
-    measure = trajectory(sampler_steps=1, check_prior=False, num_confirm=64, num_confirmations=2)
+    setting = make_setting(network, num_inference_steps=1, num_confirm=64)
+    measure = trajectory(sampler_steps=1, check_prior=False, num_confirmations=2)
     [outcome] = run(measure, network, setting)
     columns = outcome.columns
     passed, kl = columns["confirm_passed"], outcome.score_nats
@@ -268,6 +273,13 @@ def test_the_confirmation_is_reported_with_what_it_proves():
     assert columns["log_p_certified"] == log_p_certified(kl, lower_rate(passed, 64, 0.975))
     assert columns["log_p_certified"] < math.log(0.99)
     assert len(outcome.samples) == 64
+
+
+def test_nothing_to_confirm_with_is_refused():
+    network = Coin(0.5)
+    [outcome] = run(trajectory(), network, make_setting(network, num_confirm=0))
+    assert outcome.status is Status.FAILED
+    assert "replication.num_confirm=0" in outcome.error
 
 
 # The way back to the prior ----------------------------------------------------------------------
