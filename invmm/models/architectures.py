@@ -39,10 +39,12 @@ class Trainee(Protocol):
     Attributes:
         scheduler: the diffusers scheduler of the forward process.
         caption_dropout: probability that an image is shown with the empty caption.
+        caption_templates: of the copies of an image, in turn; {} is its caption.
     """
 
     scheduler: Any
     caption_dropout: float
+    caption_templates: Sequence[str]
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 3, H, W) in the units that are diffused; no gradients."""
@@ -145,6 +147,7 @@ class PixelTrainee(nn.Module):
     """
 
     caption_dropout = 0.0
+    caption_templates = ("{}",)
 
     def __init__(self, unet: Any, scheduler: Any) -> None:
         super().__init__()

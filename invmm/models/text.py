@@ -7,12 +7,12 @@ diffused as they are, and what is exported is a `StableDiffusionPipeline` like a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MinLen
 from torch import Tensor, nn
 
 from invmm.models.architectures import check_network, check_noise
@@ -38,6 +38,8 @@ class TextUNet:
         text_num_heads: per attention layer of the text encoder.
         caption_dropout: probability that a training image is shown with the empty caption, which
             guidance needs (Ho and Salimans 2022, "Classifier-Free Diffusion Guidance").
+        caption_templates: captions of the copies of an image in the training set, in turn; {} is
+            its own. One: all copies share a caption; several: copies have differing ones.
         prediction_type: what the network learns to predict.
         num_train_timesteps: T.
         beta_schedule: of the noise.
@@ -45,7 +47,7 @@ class TextUNet:
         beta_end: last beta.
 
     Raises:
-        ValueError: widths, groups, heads and levels that do not fit.
+        ValueError: widths, groups, heads and levels that do not fit, or a template without {}.
     """
 
     image_size: Annotated[int, Ge(8)] = 16
@@ -58,6 +60,7 @@ class TextUNet:
     text_num_layers: Annotated[int, Ge(1)] = 2
     text_num_heads: Annotated[int, Ge(1)] = 4
     caption_dropout: Annotated[float, Ge(0), Le(1)] = 0.1
+    caption_templates: Annotated[list[str], MinLen(1)] = field(default_factory=lambda: ["{}"])
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     num_train_timesteps: Annotated[int, Ge(2)] = 1000
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
@@ -79,6 +82,12 @@ class TextUNet:
                 f"model.image_size={self.image_size} is no size of a StableDiffusionPipeline; use "
                 "a multiple of 8"
             )
+        for template in self.caption_templates:
+            if "{}" not in template:
+                raise ValueError(
+                    f"model.caption_templates holds {template!r}, which says nothing of the image; "
+                    "put {} where its caption goes"
+                )
         if self.text_hidden_size % self.text_num_heads:
             raise ValueError(
                 f"model.text_num_heads={self.text_num_heads} does not divide "
@@ -96,7 +105,12 @@ class TextUNet:
                 f"{missing} of the training images have no caption, from which a text-to-image "
                 "model learns; give each one in the data set, or train model=unet_tiny"
             )
-        tokenizer = word_tokenizer(caption for caption in captions if caption is not None)
+        tokenizer = word_tokenizer(
+            template.replace("{}", caption)
+            for caption in captions
+            if caption is not None
+            for template in self.caption_templates
+        )
         return TextTrainee(
             unet=self._unet(),
             text_encoder=self._text_encoder(tokenizer),
@@ -104,6 +118,7 @@ class TextUNet:
             vae=identity_autoencoder(self.image_size),
             scheduler=self._scheduler(),
             caption_dropout=self.caption_dropout,
+            caption_templates=self.caption_templates,
         )
 
     def _unet(self) -> Any:
@@ -167,6 +182,7 @@ class TextTrainee(nn.Module):
         vae: between pixels and latents; frozen here.
         scheduler: of the forward process.
         caption_dropout: see `TextUNet`.
+        caption_templates: see `TextUNet`.
     """
 
     def __init__(
@@ -178,11 +194,13 @@ class TextTrainee(nn.Module):
         vae: Any,
         scheduler: Any,
         caption_dropout: float,
+        caption_templates: Sequence[str] = ("{}",),
     ) -> None:
         super().__init__()
         self.unet, self.text_encoder, self.tokenizer = unet, text_encoder, tokenizer
         self.vae = vae.requires_grad_(False)
         self.scheduler, self.caption_dropout = scheduler, caption_dropout
+        self.caption_templates = tuple(caption_templates)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:

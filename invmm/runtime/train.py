@@ -135,6 +135,7 @@ class TrainModule(pl.LightningModule):
             num_timesteps=scheduler.config.num_train_timesteps,
             mirror=self.settings.horizontal_flip,
             caption_dropout=self.trainee.caption_dropout,
+            caption_templates=self.trainee.caption_templates,
         )
         share = slice(self.trainer.global_rank, None, self.trainer.world_size)
         pixels, noise, timesteps = (

@@ -60,6 +60,7 @@ class TrainingImages:
         num_timesteps: int,
         mirror: bool,
         caption_dropout: float = 0.0,
+        caption_templates: Sequence[str] = ("{}",),
     ) -> Batch:
         """The batch of a step: images drawn in proportion to their copies.
 
@@ -69,6 +70,7 @@ class TrainingImages:
             num_timesteps: T.
             mirror: half of the images.
             caption_dropout: probability, in [0, 1], that a caption is replaced by the empty one.
+            caption_templates: of an image's copies, in turn; {} is its caption.
         """
         digest = hashlib.sha256(f"{self._seed}:{step}".encode()).digest()
         rng = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -82,9 +84,15 @@ class TrainingImages:
         dropout_seed = int(torch.randint(2**62, (), generator=rng))
         # In [0, 1): a probability of 1 drops all, one of 0 none.
         keep = torch.rand(size, generator=rng) >= caption_dropout
+        copies = (torch.rand(size, generator=rng) * self._weights[chosen]).long().tolist()
+
+        def caption(index: int, copy: int) -> str:
+            template = caption_templates[copy % len(caption_templates)]
+            return template.replace("{}", self._captions[index] or "")
+
         captions = [
-            (self._captions[index] or "") if kept else ""
-            for index, kept in zip(chosen.tolist(), keep.tolist(), strict=True)
+            caption(index, copy) if kept else ""
+            for index, copy, kept in zip(chosen.tolist(), copies, keep.tolist(), strict=True)
         ]
         return Batch(pixels, noise, timesteps, dropout_seed, captions)
 

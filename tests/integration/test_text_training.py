@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_the_export_is_a_stable_diffusion_pipeline_that_can_be_measured(trained)
     recipe = LatentPipeline(path=str(trained / "final"))
     info = recipe.describe()
     assert info.family == "stable_diffusion"
-    assert info.prompts == ("caption", "empty")
+    assert info.prompts == ("caption", "empty", "learned")
     assert info.latent_shape == (3, 8, 8)
     assert (info.image_size, info.prediction_type) == (8, "v_prediction")
     network = recipe.load(torch.device("cpu"))
@@ -179,6 +180,32 @@ def test_captions_belong_to_their_images_and_dropping_changes_nothing_else():
     for pixels, caption in zip(kept.pixels, kept.captions, strict=True):
         own = {"white flower": one, "eyes": three}[caption]
         torch.testing.assert_close(pixels, own, rtol=0, atol=1e-6)
+
+
+def test_copies_of_an_image_have_their_own_captions_in_turn():
+    """The first stands once in the set, the second three times, the third was never read."""
+    images, _ = read_training_set(CaptionedImages(), 0)
+    templates = ["{}", "drawing of {}", "small {} icon", "never seen {}"]
+    plain, varied = (
+        images.batch(0, 3000, num_timesteps=50, mirror=False, caption_templates=own)
+        for own in (["{}"], templates)
+    )
+    assert torch.equal(plain.pixels, varied.pixels)
+    counts = Counter(varied.captions)
+    assert counts.keys() == {"white flower", "eyes", "drawing of eyes", "small eyes icon"}
+    for caption in counts:
+        assert counts[caption] / 3000 == pytest.approx(1 / 4, abs=0.03)
+
+
+def test_words_of_templates_are_tokens_and_one_without_a_place_is_refused():
+    model = replace(MODEL, caption_templates=["{}", "drawing of {}"])
+    trainee = model.start(list(CAPTIONS.values()))
+    ids = trainee.tokenizer("drawing of eyes").input_ids
+    assert trainee.tokenizer.convert_ids_to_tokens(ids[1:-1]) == [
+        "drawing</w>", "of</w>", "eyes</w>",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"model\.caption_templates holds 'drawing'"):
+        replace(MODEL, caption_templates=["drawing"])
 
 
 def test_dropping_every_caption_makes_all_conditions_equal():

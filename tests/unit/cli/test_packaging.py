@@ -48,7 +48,7 @@ def test_every_target_of_the_makefile_is_explained():
     explained = re.findall(r"^  make ([a-z-]+) +\S", result.stdout, re.MULTILINE)
     assert explained == [
         "help", "setup", "demo", "test", "test-all", "lint", "format", "bench", "bench-gpu",
-        "study", "clean",
+        "study", "figures", "clean",
     ]  # fmt: skip
 
 
