@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench bench-gpu study clean
+.PHONY: help setup demo test test-all lint format bench bench-gpu study figures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -46,6 +46,10 @@ study: $(READY)  ## make study STUDY=name: run experiments/name
 	@test -n "$(STUDY)" -a -f "experiments/$(STUDY)/run.sh" || { \
 		echo "STUDY=$(STUDY): there is no such study; there are: $$(ls experiments | grep -v README)"; exit 2; }
 	bash experiments/$(STUDY)/run.sh
+
+figures: $(READY)  ## draw the figures of all studies again, from the saved records of those that ran
+	@for plot in experiments/*/plot.py; do \
+		test ! -d "results/$$(basename $$(dirname $$plot))" || $(PYTHON) $$plot || exit 1; done
 
 clean:  ## remove .venv and caches; results stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
