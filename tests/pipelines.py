@@ -117,8 +117,9 @@ def sdxl(size: int = 8) -> Any:
     from diffusers import StableDiffusionXLPipeline
 
     unet = text_unet(
-        sample_size=size, cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 16, use_linear_projection=True,
+        sample_size=size, cross_attention_dim=32, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16,
+        use_linear_projection=True,
     )  # fmt: skip
     return StableDiffusionXLPipeline(
         vae=autoencoder(), text_encoder=text_encoder(projected=False),

@@ -9,7 +9,7 @@ import numpy as np
 
 from invmm.analysis.statistics import image_groups
 from invmm.analysis.style import COLOURS, LABELS, one_line, save_figure, style
-from invmm.analysis.table import shown_score
+from invmm.analysis.table import shown_draws, shown_score
 from invmm.engine.outcomes import Status
 from invmm.results.collect import has_score, is_censored, is_membership, ranked
 from invmm.results.records import read_pictures
@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
 MAX_GALLERY_ROWS = 32
 MAX_GALLERY_SAMPLES = 8
+MAX_GALLERY_DUPLICATES = 4
+"""Images of one near-duplicate group."""
 _HEADER_INCHES = 0.7
 
 
 def gallery(run_dir: Path, frame: pd.DataFrame) -> Path:
     """gallery.png: each image beside its closest samples, most memorized first.
 
+    Near-duplicates follow the first of them, tied by a bar at their left.
     Membership scores draw no samples: the images alone, most like a training image first.
     """
     import matplotlib.pyplot as plt
@@ -33,7 +36,8 @@ def gallery(run_dir: Path, frame: pd.DataFrame) -> Path:
 
     of_membership = is_membership(frame)
     drawn = has_score(frame) if of_membership else frame.num_samples > 0
-    shown = ranked(frame.loc[drawn]).head(MAX_GALLERY_ROWS)
+    shown = _together(ranked(frame.loc[drawn])).head(MAX_GALLERY_ROWS)
+    alike = frame.near_duplicate_group.value_counts()
     columns = 1 + int(min(shown.num_samples.max() if len(shown) else 0, MAX_GALLERY_SAMPLES))
     with style():
         rows = max(len(shown), 1)
@@ -44,7 +48,9 @@ def gallery(run_dir: Path, frame: pd.DataFrame) -> Path:
             axis.set_axis_off()
         groups = image_groups(shown).tolist()
         for row, group, (_, record) in zip(axes, groups, shown.iterrows(), strict=False):
-            _gallery_row(row, run_dir, record, group)
+            _gallery_row(row, run_dir, record, group, alike.get(record.near_duplicate_group, 1))
+        for places in shown.groupby("near_duplicate_group").indices.values():
+            _tie(axes[places[0], 0], axes[places[-1], 0])
         left_out = len(frame) - len(shown)
         rest = f" ({left_out} more in scores.csv)" if left_out else ""
         title = "image, then its closest samples" if len(shown) else "no image was sampled"
@@ -105,31 +111,58 @@ def score_histogram(run_dir: Path, frame: pd.DataFrame) -> Path:
     return run_dir / "scores.png"
 
 
-def _gallery_row(row: np.ndarray, run_dir: Path, record: pd.Series, group: str) -> None:
+def _together(frame: pd.DataFrame) -> pd.DataFrame:
+    """A ranked table, the near-duplicates of an image after it, but not too many of them."""
+    groups = frame.groupby(frame.near_duplicate_group.fillna(frame.image_id), sort=False)
+    places = groups.ngroup()[groups.cumcount() < MAX_GALLERY_DUPLICATES]
+    return frame.loc[places.sort_values(kind="stable").index]
+
+
+def _gallery_row(
+    row: np.ndarray, run_dir: Path, record: pd.Series, group: str, num_alike: int
+) -> None:
     pictures = read_pictures(run_dir, record.to_dict())
     for axis, picture in zip(row, pictures, strict=False):
         axis.imshow(picture, interpolation="nearest" if len(picture) < 128 else "antialiased")
     _frame(row[0], COLOURS[group])
     name = record.image_id if record.caption is None or record.isna().caption else record.caption
-    found = [record.status.lower().replace("_", " ")]
-    if record.status == Status.SCORED:
-        found = [f"score {shown_score(record)}"]
-    elif not record.isna().get("one_in", True):
-        found.append(f"one in {record.one_in:,.0f} draws")
-    elif not record.isna().score:
-        found.append(f"score {shown_score(record)}")
-    if not record.isna().best_similarity:
-        found.append(f"similarity {record.best_similarity:.2f}")
     copies = "" if record.isna().copies else f", {record.copies}x in training"
+    lines = [f"{one_line(name, 34)}{copies}", *_found(record)]
+    if num_alike > 1:
+        lines.append(f"one of {num_alike} near-duplicates")
     row[0].text(
         -0.15,
         0.5,
-        f"{one_line(name, 34)}{copies}\n{', '.join(found)}",
+        "\n".join(lines),
         parse_math=False,
         transform=row[0].transAxes,
         ha="right",
         va="center",
         fontsize=8,
+    )
+
+
+def _found(record: pd.Series) -> list[str]:
+    """What a measurement says of an image, in lines."""
+    empty, draws = record.isna(), shown_draws(record)
+    found = [] if record.status == Status.SCORED else [record.status.lower().replace("_", " ")]
+    if not empty.get("num_free_samples", True):
+        found = [f"{record['count']:,.0f} of {record.num_free_samples:,.0f} free samples"]
+    elif not draws and not empty.score:
+        found.append(f"score {shown_score(record)}")
+    if not empty.best_similarity:
+        found.append(f"similarity {record.best_similarity:.2f}")
+    return [", ".join(found), *([f"one in {draws} draws"] if draws else [])]
+
+
+def _tie(first: Axes, last: Axes) -> None:
+    """A bar at the left of near-duplicates, from the first to the last."""
+    from matplotlib.patches import ConnectionPatch
+
+    first.add_artist(
+        ConnectionPatch(
+            (-0.07, 1), (-0.07, 0), first.transAxes, last.transAxes, color="black", linewidth=2
+        )
     )
 
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from invmm.analysis.pictures import gallery, score_histogram
-from invmm.analysis.table import accounting, replicating_share, summary, table
+from invmm.analysis.table import (
+    accounting,
+    duplicate_groups,
+    replicating_share,
+    summary,
+    table,
+)
 from invmm.results.collect import collect
 from invmm.results.records import damaged_records
 from invmm.results.run_folder import read_processes
@@ -18,6 +24,6 @@ def report(run_dir: Path) -> str:
     damaged = [f"left out, cannot be read: {path}" for path in damaged_records(run_dir)]
     files = ", ".join(str(path) for path in (run_dir / "scores.parquet", *pictures))
     costs = accounting(read_processes(run_dir), frame)
-    shares = replicating_share(run_dir, frame)
-    parts = (table(frame), "", summary(frame), shares, costs, *damaged, f"written: {files}")
-    return "\n".join(("", *(part for part in parts if part or part is parts[1])))
+    found = (summary(frame), replicating_share(run_dir, frame), duplicate_groups(frame))
+    parts = (*(part for part in found if part), costs, *damaged, f"written: {files}")
+    return "\n".join(("", table(frame), "", *parts))

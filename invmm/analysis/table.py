@@ -16,7 +16,13 @@ from invmm.analysis.statistics import (
 )
 from invmm.analysis.style import LABELS, one_line
 from invmm.engine.outcomes import Status
-from invmm.results.collect import has_score, is_censored, is_membership, ranked
+from invmm.results.collect import (
+    has_score,
+    has_shared_bank,
+    is_censored,
+    is_membership,
+    ranked,
+)
 from invmm.results.records import read_replicas
 
 if TYPE_CHECKING:
@@ -39,6 +45,7 @@ _COLUMNS = {
 _OF_MEMBERSHIP = ("image", "copies", "status", "score", "evaluations")
 """Those that a membership score fills."""
 _ERROR_WIDTH = 300
+_GROUP_WIDTH = 300
 _LARGEST_EXPONENT = 700.0  # of what a double can hold
 
 
@@ -53,7 +60,7 @@ def table(frame: pd.DataFrame) -> str:
     for _, row in ranked(frame).head(MAX_ROWS).iterrows():
         cells = _cells(row)
         line = " ".join(f"{cells[name]:{_COLUMNS[name]}}" for name in names)
-        lines.append(line + (f"  {_one_in(row)}" if with_probability else ""))
+        lines.append(line + (f"  {shown_draws(row)}" if with_probability else ""))
     if len(frame) > MAX_ROWS:
         lines.append(f"... and {len(frame) - MAX_ROWS} more in scores.csv")
     return "\n".join(lines)
@@ -64,6 +71,17 @@ def shown_score(row: pd.Series) -> str:
     if row.isna().score:
         return ""
     return f"{row.score:.3g}" if row.status == Status.SCORED else f"{row.score:.3f}"
+
+
+def shown_draws(row: pd.Series) -> str:
+    """Draws that one replica takes, with their 95 % interval, or their bound if censored; or ""."""
+    empty = row.isna()
+    if not empty.get("one_in", True):
+        few, many = math.exp(-row.log_p_high), math.exp(min(-row.log_p_low, _LARGEST_EXPONENT))
+        return f"{row.one_in:,.0f} ({few:,.0f} to {many:,.0f})"
+    if not empty.get("log_p_high", True):
+        return f"more than {math.exp(min(-row.log_p_high, _LARGEST_EXPONENT)):,.0f}"
+    return ""
 
 
 def summary(frame: pd.DataFrame) -> str:
@@ -134,8 +152,8 @@ def _separation(
 
 
 def replicating_share(run_dir: Path, frame: pd.DataFrame) -> str:
-    """Free samples that replicate any image of a group; "" if none were counted."""
-    if "num_free_samples" not in frame or frame.num_free_samples.isna().all():
+    """Free samples that replicate any image of a group; "" if the images share none."""
+    if not has_shared_bank(run_dir) or "num_free_samples" not in frame:
         return ""
     total = int(frame.num_free_samples.max())
     lines = []
@@ -150,6 +168,23 @@ def replicating_share(run_dir: Path, frame: pd.DataFrame) -> str:
             }
             share = proportion(len(found), total)
             lines.append(f"free samples that replicate any {group} image: {share}")
+    return "\n".join(lines)
+
+
+def duplicate_groups(frame: pd.DataFrame) -> str:
+    """The near-duplicates among the images, most memorized first; "" if there are none."""
+    groups = ranked(frame).groupby("near_duplicate_group", sort=False)
+    if not len(groups):
+        return ""
+    lines = [
+        f"near-duplicates, replicated by the same free samples: {groups.size().sum()} images in "
+        f"{len(groups)} group{'s' if len(groups) > 1 else ''}"
+    ]
+    for _, members in list(groups)[:MAX_ROWS]:
+        names = (one_line(_name(row), _NAME_WIDTH) for _, row in members.iterrows())
+        lines.append(f"  {one_line(', '.join(names), _GROUP_WIDTH)}")
+    if len(groups) > MAX_ROWS:
+        lines.append(f"... and {len(groups) - MAX_ROWS} more in scores.csv")
     return "\n".join(lines)
 
 
@@ -188,9 +223,8 @@ def accounting(processes: Sequence[Mapping[str, Any]], frame: pd.DataFrame) -> s
 def _cells(row: pd.Series) -> dict[str, str]:
     """Column -> text of one image."""
     empty = row.isna()
-    name = row.image_id if empty.caption else f"{row.caption} ({row.image_id})"
     return {
-        "image": one_line(name, _NAME_WIDTH),
+        "image": one_line(_name(row), _NAME_WIDTH),
         "copies": "" if empty.copies else str(row.copies),
         "status": row.status,
         "score": shown_score(row),
@@ -201,15 +235,8 @@ def _cells(row: pd.Series) -> dict[str, str]:
     }
 
 
-def _one_in(row: pd.Series) -> str:
-    """The probability as draws for one replica, with its interval; or the bound of a censored."""
-    empty = row.isna()
-    if not empty.one_in:
-        few, many = math.exp(-row.log_p_high), math.exp(min(-row.log_p_low, _LARGEST_EXPONENT))
-        return f"{row.one_in:,.0f} ({few:,.0f} to {many:,.0f})"
-    if not empty.log_p_high:
-        return f"more than {math.exp(min(-row.log_p_high, _LARGEST_EXPONENT)):,.0f}"
-    return ""
+def _name(row: pd.Series) -> str:
+    return row.image_id if row.isna().caption else f"{row.caption} ({row.image_id})"
 
 
 def _number(value: float, digits: int) -> str:

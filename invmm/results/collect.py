@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from invmm.engine.outcomes import Status
 from invmm.files import write_atomically
-from invmm.results.records import read_records
+from invmm.results.groups import MIN_SHARED, near_duplicates
+from invmm.results.records import read_records, read_replicas
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 COLUMNS = {
@@ -42,19 +44,26 @@ COLUMNS = {
     "num_samples": "Int64",
     "sha256": "string",
     "folder": "string",
+    "near_duplicate_group": "string",
 }
 """Columns of the table with their types; those of a measurement alone come after."""
 
 
 def score_table(run_dirs: Sequence[Path]) -> pd.DataFrame:
-    """All records of some runs, one row an image and run, sorted by run and image id."""
+    """All records of some runs, one row an image and run, sorted by run and image id.
+
+    Beside what the records hold: `near_duplicate_group`, see `near_duplicates`; none without a
+    bank of free samples that all images share.
+    """
     import pandas as pd
 
-    rows = [
-        {**record.pop("columns", {}), **record, "run": str(run_dir)}
-        for run_dir in run_dirs
-        for record in read_records(run_dir)
-    ]
+    rows = []
+    for run_dir in run_dirs:
+        records = read_records(run_dir)
+        groups = near_duplicates(_replicas(run_dir, records)) if has_shared_bank(run_dir) else {}
+        for record in records:
+            own = {"near_duplicate_group": groups.get(record["image_id"]), "run": str(run_dir)}
+            rows.append({**record.pop("columns", {}), **record, **own})
     types = {**COLUMNS, "run": "string"}
     frame = pd.DataFrame(rows)
     own = sorted(set(frame.columns) - set(types))
@@ -67,6 +76,11 @@ def collect(run_dir: Path) -> pd.DataFrame:
     write_atomically(run_dir / "scores.parquet", frame.to_parquet(index=False))
     write_atomically(run_dir / "scores.csv", frame.to_csv(index=False).encode())
     return frame
+
+
+def has_shared_bank(run_dir: Path) -> bool:
+    """Whether the images of a run were compared with the same free samples."""
+    return (run_dir / "free_samples").is_dir()
 
 
 def has_score(frame: pd.DataFrame) -> pd.Series:
@@ -95,3 +109,12 @@ def ranked(frame: pd.DataFrame) -> pd.DataFrame:
     return order.sort_values(
         ["_place", "score", "_similarity", "image_id"], kind="stable", na_position="last"
     ).drop(columns=["_place", "_similarity"])
+
+
+def _replicas(run_dir: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Image id -> its replicas, for the images that have enough of them to share."""
+    return {
+        record["image_id"]: read_replicas(run_dir, record)
+        for record in records
+        if record.get("columns", {}).get("count", 0) >= MIN_SHARED
+    }

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import written
 from PIL import Image
 
@@ -14,7 +15,7 @@ from invmm.analysis import pictures
 from invmm.analysis import table as table_module
 from invmm.analysis.report import report
 from invmm.analysis.style import COLOURS, one_line
-from invmm.analysis.table import accounting, summary, table
+from invmm.analysis.table import accounting, duplicate_groups, summary, table
 from invmm.engine.outcomes import Outcome, Status
 from invmm.results.collect import collect, score_table
 from invmm.results.run_folder import RunFolder
@@ -244,3 +245,100 @@ def test_the_report_of_membership_scores_warns_of_nothing(scored_dir):
     assert stored.score["twice"] == 0.0125
     assert stored.loc["twice", ["score_nats", "best_similarity", "replication_rate"]].isna().all()
     assert (stored.num_samples == 0).all()
+
+
+BANK = {
+    "twin": (2, [5, 6]),
+    "rare": (1, [9]),
+    "never": (0, []),
+    "common": (8, [1, 2, 3, 4, 10, 11]),
+    "alike": (4, [1, 2, 7]),
+    "alike too": (0, [5, 6]),
+}
+"""Image id -> its copies, and the free samples of 100 that replicate it."""
+
+
+@pytest.fixture
+def bank_dir(tmp_path):
+    """A run of counts over one bank."""
+    with RunFolder.open(tmp_path / "bank", config={}, digest="d") as folder:
+        folder.bank_block(0).parent.mkdir()
+        for name, (copies, replicas) in BANK.items():
+            log_p = np.log(len(replicas) / 100) if replicas else None
+            result = written.outcome(
+                Status.ESTIMATED if replicas else Status.CENSORED,
+                score=None if log_p is None else -log_p / 48,
+                similarity=0.75,
+                tensors={"replicas": torch.tensor(replicas, dtype=torch.int64)},
+                columns={
+                    "log_p": log_p,
+                    "log_p_low": None if log_p is None else log_p - np.log(2),
+                    "log_p_high": np.log(0.025) if log_p is None else log_p + np.log(2),
+                    "one_in": None if log_p is None else np.exp(-log_p),
+                    "count": len(replicas),
+                    "num_free_samples": 100,
+                },
+            )
+            written.write(folder, written.entry(name, copies), result)
+        failed = Outcome(status=Status.FAILED, error="truncated")
+        written.write(folder, written.entry("broken", 1), failed, loaded=None, second_opinion=None)
+    return tmp_path / "bank"
+
+
+def test_near_duplicates_are_listed_and_stored(bank_dir):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lines = report(bank_dir).splitlines()
+    at = lines.index("near-duplicates, replicated by the same free samples: 4 images in 2 groups")
+    assert lines[at - 2].startswith("free samples that replicate any training image: 10 of 100 (")
+    assert lines[at - 1].startswith("free samples that replicate any held_out image: 2 of 100 (")
+    assert lines[at + 1 : at + 3] == ["  common, alike", "  alike too, twin"]
+    for stored in (pd.read_csv(bank_dir / "scores.csv"), score_table([bank_dir])):
+        groups = stored.set_index("image_id").near_duplicate_group.dropna().to_dict()
+        assert groups == {
+            "common": "common", "alike": "common", "alike too": "alike too", "twin": "alike too",
+        }  # fmt: skip
+
+
+def test_a_long_list_of_near_duplicates_says_what_it_leaves_out(bank_dir, monkeypatch):
+    monkeypatch.setattr(table_module, "MAX_ROWS", 1)
+    lines = duplicate_groups(score_table([bank_dir])).splitlines()
+    assert lines[1:] == ["  common, alike", "... and 1 more in scores.csv"]
+
+
+def test_images_with_banks_of_their_own_share_no_samples(bank_dir):
+    (bank_dir / "free_samples").rmdir()
+    text = report(bank_dir)
+    assert "free samples" not in text
+    assert "\n\n" not in text.partition("duplicated:")[2]
+    assert score_table([bank_dir]).near_duplicate_group.isna().all()
+
+
+def test_the_gallery_of_counts_keeps_near_duplicates_together(bank_dir, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: seen.append(figure))
+    pictures.gallery(bank_dir, collect(bank_dir))
+    firsts = [axis for axis in seen[0].axes if axis.texts]
+    texts = [axis.texts[0].get_text() for axis in firsts]
+    assert [text.split(",")[0] for text in texts] == [
+        "common", "alike", "alike too", "twin", "rare", "never",
+    ]  # fmt: skip
+    assert texts[0] == (
+        "common, 8x in training\n6 of 100 free samples, similarity 0.75\n"
+        "one in 17 (8 to 33) draws\none of 2 near-duplicates"
+    )
+    assert texts[-1] == (
+        "never, 0x in training\n0 of 100 free samples, similarity 0.75\none in more than 40 draws"
+    )
+    assert [len(axis.patches) for axis in firsts] == [1, 0, 1, 0, 0, 0]
+
+
+def test_a_large_group_does_not_fill_the_gallery(bank_dir, monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_GALLERY_DUPLICATES", 1)
+    seen = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: seen.append(figure))
+    pictures.gallery(bank_dir, collect(bank_dir))
+    texts = [text.get_text() for axis in seen[0].axes for text in axis.texts]
+    assert [text.split(",")[0] for text in texts] == ["common", "alike too", "rare", "never"]
+    assert texts[0].endswith("one of 2 near-duplicates")
+    assert seen[0].get_suptitle() == "image, then its closest samples (3 more in scores.csv)"
