@@ -27,6 +27,7 @@ TRAINED = {
     ("experiment", "demo_model"),
     ("experiment", "calibration_model"),
     ("experiment", "text_demo_model"),
+    ("experiment", "training_steps_model"),
 }
 OWN_NEEDS = {
     ("replication", "sscd_torchscript"): ["replication.similarity.path=sscd.pt"],

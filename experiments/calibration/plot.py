@@ -1,0 +1,232 @@
+"""From the records of all estimators to summary.json, and their figures against the count."""
+
+from __future__ import annotations
+
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from invmm.analysis.statistics import image_groups, rank_correlation
+from invmm.analysis.study import finish, found_by_group, read_run
+from invmm.analysis.style import COLOURS, LABELS, style
+from invmm.probability.certificate import bernoulli_divergence, tightness
+
+STUDY = Path(__file__).parent
+RESULTS = Path("results/calibration")
+LIKELY, COUNTABLE = 0.02, 1e-3
+DIMENSIONS = 768
+
+
+def main() -> int:
+    """Draws and checks the study."""
+    counted = read_run(RESULTS / "counted")
+    runs = {
+        name: against(counted, read_run(RESULTS / name))
+        for name in ("splitting", "trajectory", "published")
+    }
+    seeds = [runs["published"]] + [
+        against(counted, read_run(RESULTS / f"published_seed_{seed}")) for seed in (1, 2)
+    ]
+    summary = {
+        "counted": of_count(counted),
+        "splitting": of_splitting(runs["splitting"], counted),
+        "trajectory": of_inversion(runs["trajectory"], counted)
+        | of_certificate(runs["trajectory"]),
+        "published": of_inversion(runs["published"], counted) | {"between_seeds": between(seeds)},
+        "trajectory_against_published": compared(runs["trajectory"], runs["published"]),
+    }
+    with style():
+        figures = {
+            "probability": probability_figure(runs["splitting"]),
+            "score": score_figure(runs["published"], runs["trajectory"]),
+        }
+        return finish(STUDY, RESULTS, summary, figures)
+
+
+def against(counted: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
+    """A run's table with the counted probability of each image beside its own columns."""
+    columns = ["log_p", "log_p_low", "log_p_high", "count"]
+    truth = counted.set_index("image_id")[columns]
+    return frame.join(truth.add_prefix("counted_"), on="image_id").assign(
+        evaluations=frame.evaluations_forward + frame.evaluations_backward,
+        busy_seconds=frame.filter(regex="^seconds_").sum(axis=1),
+    )
+
+
+def of_count(frame: pd.DataFrame) -> dict[str, object]:
+    """How the truth is spread."""
+    p = np.exp(frame.log_p.dropna().to_numpy(float))
+    decades = {"above_1e-1": 0.1, "above_1e-2": 1e-2, "above_1e-3": 1e-3, "above_1e-4": 1e-4}
+    above = {name: int((p >= low).sum()) for name, low in decades.items()}
+    return {
+        "free_samples": int(frame.num_free_samples.max()),
+        "images": len(frame),
+        "seen": len(p),
+        **above,
+    }
+
+
+def of_splitting(frame: pd.DataFrame, counted: pd.DataFrame) -> dict[str, object]:
+    """Errors of log p where the count is sure of it."""
+    known = frame.loc[frame.counted_log_p >= np.log(COUNTABLE)]
+    estimated = known.loc[known.log_p.notna()]
+    errors = (estimated.log_p - estimated.counted_log_p).abs()
+    overlap = (known.log_p_high >= known.counted_log_p_low) & (
+        known.log_p_low.fillna(-np.inf) <= known.counted_log_p_high
+    )
+    seen = frame.loc[frame.counted_log_p.notna() & frame.log_p.notna()]
+    return {
+        "images": len(frame),
+        "countable": len(known),
+        "estimated": len(estimated),
+        "error_median": rounded(errors.median()),
+        "error_largest": rounded(errors.max()),
+        "error_within_0.7": rounded((errors <= 0.7).sum() / len(known)),
+        "intervals_overlap": rounded(overlap.mean()),
+        "spearman_countable": rounded(rank_correlation(estimated, counted, tie_break=True)),
+        "spearman_seen": rounded(rank_correlation(seen, counted, tie_break=True)),
+        **cost(frame),
+    }
+
+
+def of_inversion(frame: pd.DataFrame, counted: pd.DataFrame) -> dict[str, object]:
+    """What an inversion finds, how tight its scores are, and how they rank."""
+    likely = frame.loc[frame.counted_log_p >= np.log(LIKELY)]
+    countable = frame.loc[frame.counted_log_p >= np.log(COUNTABLE)]
+    scored = countable.loc[countable.score.notna()]
+    rates = scored.replication_rate.astype(float)
+    tight = [
+        tightness(row.score_nats, rate, np.exp(row.counted_log_p))
+        for rate, (_, row) in zip(rates, scored.iterrows(), strict=True)
+    ]
+    return {
+        "images": len(frame),
+        "found": found_by_group(frame),
+        "likely": len(likely),
+        "likely_found": rounded(likely.score.notna().mean()),
+        "countable": len(countable),
+        "countable_found": int(countable.score.notna().sum()),
+        "score_median": rounded(scored.score.median(), 5),
+        "tightness_median": rounded(float(np.median(tight)) if tight else None, 1),
+        "spearman_with_p": rounded(rank_correlation(frame, counted, tie_break=True)),
+        "spearman_with_p_score_alone": rounded(rank_correlation(frame, counted, tie_break=False)),
+        **cost(frame),
+    }
+
+
+def of_certificate(frame: pd.DataFrame) -> dict[str, object]:
+    """Certified bounds against the upper end of the count."""
+    certified = frame.loc[frame.log_p_certified.notna()]
+    gap = certified.counted_log_p - certified.log_p_certified
+    return {
+        "certified": len(certified),
+        "contradicted": int((certified.log_p_certified > certified.counted_log_p_high).sum()),
+        "certified_below_p_median_nats": rounded(gap.median(), 1),
+    }
+
+
+def compared(ours: pd.DataFrame, published: pd.DataFrame) -> dict[str, object]:
+    """Icons that both inversions found."""
+    both = ours.merge(published, on="image_id", suffixes=("", "_published"))
+    scored = both.loc[both.score.notna() & both.score_published.notna()]
+    return {
+        "both_found": len(scored),
+        "times_tighter_median": rounded((scored.score_published / scored.score).median(), 1),
+        "evaluations_ratio_median": rounded(
+            (both.evaluations / both.evaluations_published).median(), 2
+        ),
+        "seconds_ratio_median": rounded(
+            (both.busy_seconds / both.busy_seconds_published).median(), 2
+        ),
+    }
+
+
+def between(seeds: list[pd.DataFrame]) -> dict[str, object]:
+    """Rank correlation of the published score between seeds, on the icons that all measured."""
+    shared = set.intersection(*(set(frame.image_id) for frame in seeds))
+    of_pairs = [rank_correlation(a, b, tie_break=True) for a, b in combinations(seeds, 2)]
+    return {"images": len(shared), "spearman": [rounded(value) for value in of_pairs]}
+
+
+def cost(frame: pd.DataFrame) -> dict[str, float | None]:
+    """Of an image, the bank that all of them share not counted."""
+    return {
+        "evaluations_median": float(frame.evaluations.median()),
+        "evaluations_largest": float(frame.evaluations.max()),
+        "seconds_median": rounded(frame.busy_seconds.median(), 1),
+    }
+
+
+def probability_figure(frame: pd.DataFrame) -> Figure:
+    """Splitting against the count, both with 95 % intervals; never-counted images at the left."""
+    figure, axis = plt.subplots(figsize=(4.6, 4.2))
+    groups = image_groups(frame)
+    floor = float(np.exp(frame.counted_log_p_high.min()))
+    for group, colour in list(COLOURS.items())[:3]:
+        mine = frame.loc[(groups == group) & frame.log_p.notna()]
+        seen = mine.counted_log_p.notna()
+        truth = np.exp(mine.counted_log_p.fillna(np.log(floor)).to_numpy(float))
+        upper = np.exp(mine.counted_log_p_high.to_numpy(float))
+        lower = np.where(seen, np.exp(mine.counted_log_p_low.fillna(0).to_numpy(float)), truth)
+        found = np.exp(mine.log_p.to_numpy(float))
+        axis.errorbar(
+            truth,
+            found,
+            xerr=[truth - lower, np.maximum(upper - truth, 0)],
+            yerr=[
+                found - np.exp(mine.log_p_low.to_numpy(float)),
+                np.exp(mine.log_p_high.to_numpy(float)) - found,
+            ],
+            fmt="none",
+            ecolor=colour,
+            alpha=0.35,
+            linewidth=0.8,
+        )
+        axis.scatter(truth[seen], found[seen], s=14, color=colour, label=LABELS[group])
+        axis.scatter(truth[~seen], found[~seen], s=14, facecolors="none", edgecolors=colour)
+    axis.axline((1e-3, 1e-3), slope=1, color="#999999", linewidth=0.8)
+    axis.set(xscale="log", yscale="log")
+    axis.set_xlabel("counted probability (hollow: never seen, drawn at its upper limit)")
+    axis.set_ylabel("probability by splitting")
+    axis.legend(frameon=False)
+    return figure
+
+
+def score_figure(published: pd.DataFrame, ours: pd.DataFrame) -> Figure:
+    """Scores against counted probability, with the least score that is possible."""
+    figure, axis = plt.subplots(figsize=(4.6, 3.6))
+    for frame, name, marker, colour in (
+        (published, "published", "s", COLOURS["duplicated"]),
+        (ours, "trajectory", "o", COLOURS["single"]),
+    ):
+        scored = frame.loc[frame.score.notna() & frame.counted_log_p.notna()]
+        axis.scatter(
+            np.exp(scored.counted_log_p.to_numpy(float)),
+            scored.score,
+            s=16,
+            marker=marker,
+            color=colour,
+            label=f"{name} ({len(scored)} of {int(frame.counted_log_p.notna().sum())} found)",
+        )
+    p = np.geomspace(1e-4, 0.3, 100)
+    floor = [bernoulli_divergence(0.9, value) / DIMENSIONS for value in p]
+    axis.plot(p, floor, color="#444444", linewidth=1, label="least possible at a rate of 0.9")
+    axis.set(xscale="log", yscale="log")
+    axis.set_xlabel("counted probability")
+    axis.set_ylabel("score, nats per latent dimension")
+    axis.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def rounded(value: float | None, digits: int = 3) -> float | None:
+    """None for what is not there."""
+    return None if value is None or pd.isna(value) else round(float(value), digits)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""From the records of all checkpoints to summary.json, a table of images, and curves by step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from invmm.analysis.statistics import (
+    Estimate,
+    Proportion,
+    median_interval,
+    proportion,
+    rank_correlation,
+)
+from invmm.analysis.study import finish, found_by_group, read_run, separation
+from invmm.analysis.style import COLOURS, LABELS, style
+from invmm.results.records import read_replicas
+
+STUDY = Path(__file__).parent
+RESULTS = Path("results/training_steps")
+MEASUREMENTS = {
+    "counted": "counted: least possible",
+    "trajectory": "inversion=trajectory",
+    "adaptive": "inversion=adaptive",
+}
+COPIES = (32, 16, 8, 4, 2, 1, 0)
+THRESHOLD = 0.5
+
+Runs = dict[int, dict[str, pd.DataFrame]]
+"""Training step -> measurement -> score table."""
+
+
+def main() -> int:
+    """Draws and checks the study."""
+    runs: Runs = {
+        step: {name: read_run(run_dir(name, step)) for name in MEASUREMENTS} for step in steps()
+    }
+    summary = {f"step_{step:06d}": of_step(step, frames) for step, frames in runs.items()}
+    images(runs).to_csv(RESULTS / "images.csv", index=False)
+    with style():
+        figures = {"sampling": sampling_figure(runs), "scores": score_figure(runs)}
+        return finish(STUDY, RESULTS, summary, figures)
+
+
+def steps() -> list[int]:
+    """At which the model was exported."""
+    folders = (RESULTS / "model").glob("step_*")
+    found = sorted(int(folder.name.removeprefix("step_")) for folder in folders)
+    if not found:
+        raise SystemExit(
+            f"{RESULTS / 'model'} has no checkpoints; `make study STUDY=training_steps` trains them"
+        )
+    return found
+
+
+def run_dir(measurement: str, step: int) -> Path:
+    """Where run.sh measured a checkpoint."""
+    return RESULTS / f"{measurement}_{step:06d}"
+
+
+def images(runs: Runs) -> pd.DataFrame:
+    """One line an image, measurement and step."""
+    columns = ["image_id", "caption", "copies", "status", "score", "best_similarity"]
+    return pd.concat(
+        frame[columns].assign(step=step, measurement=name)
+        for step, frames in runs.items()
+        for name, frame in frames.items()
+    )
+
+
+def of_step(step: int, frames: dict[str, pd.DataFrame]) -> dict[str, object]:
+    """What a checkpoint returns, by number of copies, and what the inversions find in it."""
+    counted = frames["counted"]
+    by_copies = {
+        f"copies_{copies}": {
+            "images": len(mine),
+            "returned": shown(returned(step, mine)),
+            "p_mean": shown(mean_probability(step, mine)),
+            "best_similarity": shown(best_similarity(step, mine)),
+        }
+        for copies, mine in of_copies(counted)
+    }
+    inversions = {
+        name: {
+            "found": found_by_group(frame),
+            **separation(frame),
+            "score_median": rounded(frame.score.median(), 5),
+            "spearman_with_p": rounded(rank_correlation(frame, counted, tie_break=True)),
+            "spearman_with_p_score_alone": rounded(
+                rank_correlation(frame, counted, tie_break=False)
+            ),
+            "evaluations_median": float(
+                (frame.evaluations_forward + frame.evaluations_backward).median()
+            ),
+            "failed": int(frame.status.isin(["FAILED", "DIVERGED"]).sum()),
+        }
+        for name, frame in frames.items()
+        if name != "counted"
+    }
+    return {"free_samples": int(counted.num_free_samples.max()), **by_copies, **inversions}
+
+
+def of_copies(frame: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame]]:
+    """The images of each number of copies, from the most."""
+    for copies in COPIES:
+        yield copies, frame.loc[frame.copies == copies]
+
+
+def returned(step: int, mine: pd.DataFrame) -> Estimate:
+    """Share of the images that any free sample replicates."""
+    return as_estimate(proportion(len(mine.loc[mine["count"] > 0]), len(mine)))
+
+
+def mean_probability(step: int, mine: pd.DataFrame) -> Estimate:
+    """Share of the free samples that replicate any of the images, an image.
+
+    Its interval is exact for these images, whose counts come from one bank.
+    """
+    found = {
+        int(index)
+        for record in mine.to_dict("records")
+        for index in read_replicas(run_dir("counted", step), record)
+    }
+    share = as_estimate(proportion(len(found), int(mine.num_free_samples.max())))
+    return Estimate(*(end / len(mine) for end in (share.value, share.low, share.high)))
+
+
+def best_similarity(step: int, mine: pd.DataFrame) -> Estimate | None:
+    """Median over the images of the closest free sample's similarity."""
+    return median_interval(mine.best_similarity.to_numpy(float))
+
+
+def as_estimate(share: Proportion) -> Estimate:
+    """A share with its exact interval."""
+    return Estimate(share.count / share.total, share.low, share.high)
+
+
+def sampling_figure(runs: Runs) -> Figure:
+    """What free samples return over the training, by number of copies."""
+    figure, (shares, probabilities, similarities) = plt.subplots(1, 3, figsize=(9.6, 3.2))
+    curves(shares, runs, returned)
+    shares.set_ylabel("share of icons returned")
+    probabilities.set_yscale("log")
+    curves(probabilities, runs, mean_probability)
+    probabilities.set_ylabel("mean probability of an icon")
+    curves(similarities, runs, best_similarity)
+    similarities.axhline(THRESHOLD, color="#999999", linewidth=0.8)
+    similarities.set_ylabel("closest sample, median similarity")
+    return with_legend(figure, shares)
+
+
+def curves(
+    axis: Axes, runs: Runs, statistic: Callable[[int, pd.DataFrame], Estimate | None]
+) -> None:
+    """A statistic of the counts with its 95 % interval, one line a number of copies.
+
+    On a logarithmic axis, zeros are drawn hollow at their upper limit.
+    """
+    is_log = axis.get_yscale() == "log"
+    for place, copies in enumerate(COPIES):
+        colour, shift = colour_of(copies), 1.03 ** (place - len(COPIES) // 2)
+        found = [
+            (step * shift, point)
+            for step, frames in runs.items()
+            if (point := statistic(step, dict(of_copies(frames["counted"]))[copies])) is not None
+        ]
+        drawn = [(at, point) for at, point in found if point.value > 0 or not is_log]
+        limits = [(at, point.high) for at, point in found if point.value == 0 and is_log]
+        axis.errorbar(
+            [at for at, _ in drawn],
+            [point.value for _, point in drawn],
+            yerr=[
+                [point.value - point.low for _, point in drawn],
+                [point.high - point.value for _, point in drawn],
+            ],
+            fmt="o-",
+            markersize=3,
+            linewidth=0.8,
+            elinewidth=0.5,
+            color=colour,
+            label=label_of(copies),
+        )
+        axis.scatter(*np.reshape(limits, (-1, 2)).T, s=9, facecolors="none", edgecolors=colour)
+    by_step(axis, runs)
+
+
+def score_figure(runs: Runs) -> Figure:
+    """Scores of the same icons over the training, and how many of them have one."""
+    figure, axes = plt.subplots(
+        2, 3, figsize=(9.6, 4.6), sharex=True, sharey="row", height_ratios=[2, 1]
+    )
+    for (above, below), name in zip(axes.T, MEASUREMENTS, strict=True):
+        frames = {step: of_subset(frames, name) for step, frames in runs.items()}
+        table = pd.concat(frame.assign(step=step) for step, frame in frames.items())
+        for copies in COPIES:
+            for _, mine in table.loc[table.copies == copies].groupby("image_id"):
+                above.plot(
+                    mine.step,
+                    mine.score,
+                    "o-",
+                    markersize=3,
+                    linewidth=0.8,
+                    color=colour_of(copies),
+                )
+            above.plot([], [], "o-", markersize=3, color=colour_of(copies), label=label_of(copies))
+        shares_of_groups(below, frames)
+        above.set_yscale("log")
+        above.set_title(f"{MEASUREMENTS[name]} ({len(next(iter(frames.values())))})", fontsize=8)
+        by_step(below, runs)
+    axes[0, 0].set_ylabel("score, nats per latent dimension")
+    axes[1, 0].set_ylabel("share with a score")
+    return with_legend(figure, *axes[:, 0])
+
+
+def of_subset(frames: dict[str, pd.DataFrame], name: str) -> pd.DataFrame:
+    """A measurement's table; of the counts, the images that the trajectories measured."""
+    frame = frames[name]
+    return frame.loc[frame.image_id.isin(frames["trajectory"].image_id)]
+
+
+def shares_of_groups(axis: Axes, frames: dict[int, pd.DataFrame]) -> None:
+    """Share of the images of each group with a score; the others are censored."""
+    for place, group in enumerate(list(COLOURS)[:3]):
+        found = [found_by_group(frame)[group] for frame in frames.values()]
+        share = np.array([one["found"] / max(one["of"], 1) for one in found])
+        ends = np.array([[one["low"], one["high"]] for one in found]).T
+        axis.errorbar(
+            np.array(list(frames)) * 1.05 ** (place - 1),
+            share,
+            yerr=np.abs(ends - share),
+            fmt="o-",
+            markersize=3,
+            linewidth=0.8,
+            elinewidth=0.5,
+            color=COLOURS[group],
+            label=LABELS[group],
+        )
+
+
+def by_step(axis: Axes, runs: Runs) -> None:
+    """The axis of training steps."""
+    axis.set_xscale("log")
+    axis.set_xticks(list(runs), [str(step) for step in runs], fontsize=7)
+    axis.minorticks_off()
+    axis.set_xlabel("training step")
+
+
+def with_legend(figure: Figure, *axes: Axes) -> Figure:
+    """What the colours mean, each once, above the whole figure."""
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    handles = {
+        label: handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="upper center",
+        ncols=len(handles),
+        frameon=False,
+        fontsize=7,
+    )
+    return figure
+
+
+def colour_of(copies: int) -> str:
+    """The darker, the more copies; of one copy and none, those of their groups."""
+    if copies <= 1:
+        return COLOURS["single" if copies else "held_out"]
+    return to_hex(colormaps["YlOrBr"](0.3 + 0.14 * np.log2(copies)))
+
+
+def label_of(copies: int) -> str:
+    """For the legend."""
+    if copies <= 1:
+        return LABELS["single" if copies else "held_out"]
+    return f"{copies} copies"
+
+
+def shown(estimate: Estimate | None) -> dict[str, float | None] | None:
+    """With its interval, for the summary."""
+    return estimate and {name: rounded(end, 5) for name, end in asdict(estimate).items()}
+
+
+def rounded(value: float | None, digits: int = 3) -> float | None:
+    """None for what is not there."""
+    return None if value is None or pd.isna(value) else round(float(value), digits)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# One training, six checkpoints: what each of them returns, and what the inversions find in it.
+set -euo pipefail
+.venv/bin/invmm-train experiment=training_steps_model
+measure() { # MEASUREMENT CHECKPOINT OVERRIDE...
+    .venv/bin/invmm experiment=training_steps "model.path=$2" \
+        run_dir="results/training_steps/$1_${2##*_}" "${@:3}"
+}
+for model in results/training_steps/model/step_*; do
+    measure counted "$model" measurement=free_sampling measurement.num_samples=2048 seed=1 \
+        dataset.take=null
+    measure trajectory "$model" inversion=trajectory
+    measure adaptive "$model" inversion=adaptive 'dataset.take={duplicated:5,single:2,held_out:2}'
+done
+.venv/bin/python experiments/training_steps/plot.py
