@@ -17,6 +17,10 @@ from invmm.results.records import read_pictures
 
 STUDY = Path(__file__).parent
 RESULTS = Path("results/demo")
+COLUMNS = [
+    *("image_id", "caption", "copies", "status", "score", "replication_rate", "best_similarity"),
+    *("log_p", "log_p_low", "log_p_high", "how"),
+]
 
 
 def main() -> int:
@@ -32,7 +36,7 @@ def main() -> int:
         },
         "split": {"images": len(split), "estimated": int(split.score.notna().sum())},
     }
-    joined.to_csv(RESULTS / "demo.csv", index=False)
+    joined[COLUMNS].to_csv(RESULTS / "demo.csv", index=False)
     print(text_table(joined))
     with style():
         return finish(STUDY, RESULTS, summary, {"demo": figure_of(joined)})
@@ -73,7 +77,9 @@ def text_table(joined: pd.DataFrame) -> str:
 def figure_of(joined: pd.DataFrame) -> Figure:
     """Icon, closest sample of the search, score, and the probability with its interval."""
     rows = len(joined)
-    figure = plt.figure(figsize=(7.2, 0.42 * rows + 0.7))
+    height = 0.42 * rows + 0.8
+    figure = plt.figure(figsize=(7.2, height))
+    figure.subplots_adjust(top=1 - 0.3 / height, bottom=0.5 / height)
     grid = figure.add_gridspec(rows, 4, width_ratios=[1, 1, 7, 9], wspace=0.08, hspace=0.12)
     groups = image_groups(joined).tolist()
     for place, (group, (_, row)) in enumerate(zip(groups, joined.iterrows(), strict=True)):
@@ -116,7 +122,8 @@ def figure_of(joined: pd.DataFrame) -> Figure:
     axis.set_ylim(0, rows)
     axis.set_yticks([])
     axis.set_xlabel("probability that a draw replicates it (95 %; arrow: upper limit)")
-    figure.legend(loc="upper right", ncols=3, frameon=False, fontsize=7)
+    figure.text(0.125, 1 - 0.15 / height, "icon, closest sample of the search", fontsize=7)
+    figure.legend(loc="upper right", ncols=3, frameon=False, fontsize=7, borderaxespad=0)
     return figure
 
 

@@ -6,5 +6,5 @@ set -euo pipefail
 .venv/bin/invmm experiment=demo
 .venv/bin/invmm experiment=demo measurement=free_sampling run_dir=results/demo/counted
 .venv/bin/invmm experiment=demo measurement=probability run_dir=results/demo/split \
-    "dataset={take:null,ids:$(.venv/bin/python experiments/demo/rare.py)}"
+    dataset.take=null "dataset.ids=$(.venv/bin/python experiments/demo/rare.py)"
 .venv/bin/python experiments/demo/plot.py
