@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## train a small model with planted copies and find what it memorized (ten minutes)
 	bash experiments/demo/run.sh
 
-test: $(READY)  ## the quick tests (four minutes on two cores)
+test: $(READY)  ## the quick tests (five minutes on two cores)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not slow"
 
 test-all: $(READY)  ## all tests, killed and distributed runs included (ten minutes)
