@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -17,6 +17,7 @@ from invmm.models.adapter import ModelRecipe
 from invmm.models.cost import CallCost
 from invmm.models.known import is_from_table
 from invmm.models.loading import fetched
+from invmm.probability.bank import BankMeasurement
 from invmm.runtime.plan import Shard
 
 _LIBRARIES_BYTES = 2**30
@@ -32,6 +33,7 @@ class Plan:
         devices: of one shard.
         shards: machines that share the images.
         cost: of an image that is never replicated; others stop earlier.
+        shared: of what all images share.
         row: of one network evaluation.
         tflops: that a device sustains, None if nobody said.
         recomputed: whether a backward pass begins with another forward one.
@@ -43,13 +45,25 @@ class Plan:
     cost: CostRange
     row: CallCost
     tflops: float | None
+    shared: Evaluations = field(default_factory=Evaluations)
     recomputed: bool = False
+
+    @property
+    def evaluations_at_most(self) -> Evaluations:
+        """Of all images, and what they share."""
+        most = self.cost.most
+        return self.shared + Evaluations(
+            forward=self.images * most.forward,
+            backward=self.images * most.backward,
+            sampler=self.images * most.sampler,
+        )
 
     @property
     def flop_at_most(self) -> float:
         """Of all images; a backward pass to the latents counts as one more forward."""
-        again = self.cost.most.backward if self.recomputed else 0
-        return float(self.images * (self.cost.most.in_forwards + again) * self.row.flop)
+        most = self.evaluations_at_most
+        again = most.backward if self.recomputed else 0
+        return float((most.in_forwards + again) * self.row.flop)
 
     @property
     def hours_at_most(self) -> float | None:
@@ -61,14 +75,19 @@ class Plan:
     def lines(self) -> list[str]:
         """For people."""
         fewest, most = self.cost.fewest, self.cost.most
-        workers = self.devices * self.shards
+        workers, all_of_them = self.devices * self.shards, self.evaluations_at_most
         one = f"evaluations of an image, at most: {_shown(most)}"
         if fewest != most:
             one += f", or {_shown(fewest)} where the first samples decide"
-        lines = [
-            one,
-            f"evaluations in all, at most: {most.forward * self.images:,} forward and "
-            f"{most.backward * self.images:,} backward rows",
+        lines = [one]
+        if self.shared.forward:
+            lines.append(
+                f"evaluations of what all images share: {self.shared.forward:,} forward "
+                "(free samples)"
+            )
+        lines += [
+            f"evaluations in all, at most: {all_of_them.forward:,} forward and "
+            f"{all_of_them.backward:,} backward rows",
             f"arithmetic in all, at most: {self.flop_at_most:.3g} floating-point operations "
             f"({self.row.flop:,} an evaluation)",
             f"devices: {workers:,} ({self.devices:,} x {self.shards:,} shards), "
@@ -125,11 +144,13 @@ def describe(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
     images, remarks = _images(recipes.dataset, info.image_size)
     rows = 1 if recipes.engine.rows_denoise == "auto" else recipes.engine.rows_denoise
     call = recipes.model.call_cost(rows, recipes.execution)
+    cost, shared = _cost(recipes)
     plan = Plan(
         images=images,
         devices=recipes.trainer.devices,
         shards=Shard.parse(recipes.shard).count if recipes.shard else 1,
-        cost=recipes.measurement.cost(recipes.sampler, recipes.replication),
+        cost=cost,
+        shared=shared,
         row=replace(call, activation_bytes=call.activation_bytes // rows, flop=call.flop // rows),
         tflops=recipes.trainer.tflops,
         recomputed=recipes.execution.gradient_checkpointing,
@@ -154,6 +175,14 @@ def describe(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
             *memory.lines(),
         )
     )
+
+
+def _cost(recipes: MeasureConfig) -> tuple[CostRange, Evaluations]:
+    """Of an image, and of what all images share."""
+    measurement, sampler = recipes.measurement, recipes.sampler
+    if isinstance(measurement, BankMeasurement) and recipes.prompt.is_shared:
+        return measurement.cost_from_bank(sampler), measurement.bank(0, (), sampler).cost
+    return measurement.cost(sampler, recipes.replication), Evaluations()
 
 
 def _images(dataset: DatasetRecipe, size: int) -> tuple[int, list[str]]:

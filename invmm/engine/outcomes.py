@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Status(StrEnum):
@@ -17,7 +19,8 @@ class Status(StrEnum):
     NOT_REPLICATED = "NOT_REPLICATED"
     """None was found within the budget: no score, the true one is censored, not infinite."""
     ESTIMATED = "ESTIMATED"
-    """The replication probability was estimated; the score is -log p per latent dimension."""
+    """The replication probability was estimated, or bounded from below by a certificate (column
+    `method`); the score is -log p per latent dimension."""
     CENSORED = "CENSORED"
     """It lies below what the budget could resolve: no score, but an upper bound of p."""
     SCORED = "SCORED"
@@ -62,6 +65,14 @@ class Evaluations:
         """The cost in forward evaluations: one that is backpropagated counts as two."""
         return self.forward + self.backward
 
+    def __add__(self, other: Evaluations) -> Evaluations:
+        """Of both together."""
+        return Evaluations(
+            forward=self.forward + other.forward,
+            backward=self.backward + other.backward,
+            sampler=self.sampler + other.sampler,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class CostRange:
@@ -74,6 +85,10 @@ class CostRange:
 
     fewest: Evaluations
     most: Evaluations
+
+    def __add__(self, other: Evaluations) -> CostRange:
+        """With something that is needed in any case."""
+        return CostRange(fewest=self.fewest + other, most=self.most + other)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from invmm.diffusion.sampling import Sampler
 from invmm.engine.criterion import ReplicationCriterion
-from invmm.engine.outcomes import CostRange, Outcome
+from invmm.engine.outcomes import CostRange, Evaluations, Outcome
 from invmm.engine.protocols import Measurement, Setting, Target
 from invmm.engine.requests import Embed, Embedding, Sample
 from invmm.probability.population import Draws
@@ -41,6 +41,11 @@ class Bank:
     block_size: int
     shape: tuple[int, ...]
     sampler: Sampler
+
+    @property
+    def cost(self) -> Evaluations:
+        """Of all samples."""
+        return sampling_cost(self.num_samples, self.sampler)
 
     @property
     def num_blocks(self) -> int:
@@ -112,6 +117,10 @@ class BankMeasurement(Measurement, Protocol):
         """What the measurement says of an image once the bank has been drawn."""
         ...
 
+    def cost_from_bank(self, sampler: Sampler) -> CostRange:
+        """As `Measurement.cost`, of `from_bank`."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class SharedBank:
@@ -133,7 +142,7 @@ class SharedBank:
 
     def cost(self, sampler: Sampler, criterion: ReplicationCriterion) -> CostRange:
         """See `Measurement`."""
-        return self.recipe.cost(sampler, criterion)
+        return self.recipe.cost_from_bank(sampler)
 
 
 class Closest:
@@ -183,6 +192,16 @@ async def sampled(draws: Draws, target: Target, setting: Setting) -> Embedding:
         target.negative_rows(count),
     )
     return await Embed(latents)
+
+
+def sampling_cost(num_samples: int, sampler: Sampler) -> Evaluations:
+    """Of free samples.
+
+    Raises:
+        ValueError: several guidance scales are asked for.
+    """
+    evaluations = num_samples * sampler.evaluations_at(only_guidance_scale(sampler))
+    return Evaluations(forward=evaluations, sampler=evaluations)
 
 
 def only_guidance_scale(sampler: Sampler) -> float:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from invmm.diffusion.sampling import Sampler
 from invmm.engine.criterion import ReplicationCriterion
-from invmm.engine.outcomes import CostRange, Evaluations, Outcome, Status
+from invmm.engine.outcomes import CostRange, Outcome, Status
 from invmm.engine.protocols import Setting, Target
-from invmm.probability.bank import NUM_SHOWN, Bank, Closest, DrawnBank, only_guidance_scale
+from invmm.probability.bank import NUM_SHOWN, Bank, Closest, DrawnBank, sampling_cost
 from invmm.probability.certificate import clopper_pearson
 from invmm.probability.estimate import one_in
 
@@ -59,14 +59,13 @@ class FreeSampling:
         return counted(similarities, await drawn.closest(target, setting), target, setting)
 
     def cost(self, sampler: Sampler, criterion: ReplicationCriterion) -> CostRange:
-        """See `Measurement`; fewest: the bank is shared, and only the pictures are drawn again."""
-        of_sample = sampler.evaluations_at(only_guidance_scale(sampler))
-        shown = min(NUM_SHOWN, self.num_samples) * of_sample
-        most = shown + self.num_samples * of_sample
-        return CostRange(
-            fewest=Evaluations(forward=shown, sampler=shown),
-            most=Evaluations(forward=most, sampler=most),
-        )
+        """See `Measurement`."""
+        return self.cost_from_bank(sampler) + sampling_cost(self.num_samples, sampler)
+
+    def cost_from_bank(self, sampler: Sampler) -> CostRange:
+        """See `BankMeasurement`."""
+        shown = sampling_cost(min(NUM_SHOWN, self.num_samples), sampler)
+        return CostRange(fewest=shown, most=shown)
 
 
 def counted(similarities: Tensor, closest: Closest, target: Target, setting: Setting) -> Outcome:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from invmm.diffusion.sampling import Sampler
 from invmm.engine.criterion import ReplicationCriterion
-from invmm.engine.outcomes import CostRange, Evaluations, Outcome, Status
+from invmm.engine.outcomes import CostRange, Outcome, Status
 from invmm.engine.protocols import Setting, Target
-from invmm.probability.bank import NUM_SHOWN, Bank, Closest, DrawnBank, only_guidance_scale
+from invmm.probability.bank import NUM_SHOWN, Bank, Closest, DrawnBank, sampling_cost
 from invmm.probability.estimate import Ladder, ProbabilityEstimate, combine, one_in
 from invmm.probability.free_sampling import counted
 from invmm.probability.population import Draws, Population
@@ -154,15 +154,14 @@ class Splitting:
         return _outcome(populations, closest, free, target, setting)
 
     def cost(self, sampler: Sampler, criterion: ReplicationCriterion) -> CostRange:
-        """See `Measurement`; fewest: the shared bank counts enough replicas."""
-        of_sample = sampler.evaluations_at(only_guidance_scale(sampler))
-        shown = NUM_SHOWN * of_sample
-        climb = self.max_levels * self.moves * self.repeats * self.num_particles * of_sample
-        most = shown + self.own_bank_size * of_sample + climb
-        return CostRange(
-            fewest=Evaluations(forward=shown, sampler=shown),
-            most=Evaluations(forward=most, sampler=most),
-        )
+        """See `Measurement`; fewest: the bank counts enough replicas."""
+        return self.cost_from_bank(sampler) + sampling_cost(self.own_bank_size, sampler)
+
+    def cost_from_bank(self, sampler: Sampler) -> CostRange:
+        """See `BankMeasurement`; fewest: the bank counts enough replicas."""
+        shown = sampling_cost(NUM_SHOWN, sampler)
+        moved = self.max_levels * self.moves * self.repeats * self.num_particles
+        return CostRange(fewest=shown, most=shown + sampling_cost(moved, sampler))
 
     @property
     def _num_kept(self) -> int:

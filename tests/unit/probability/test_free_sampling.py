@@ -95,7 +95,8 @@ def test_evaluations_are_those_foretold():
     bank = recipe.bank(0, (3, 8, 8), setting.sampler)
     shared = SharedBank(DrawnBank(bank, torch.zeros(40, 192)), recipe)
     outcome = run(network, lambda: shared(make_target(network), setting, rng))
-    assert outcome.evaluations == cost.fewest
+    assert outcome.evaluations == recipe.cost_from_bank(setting.sampler).most
+    assert outcome.evaluations + bank.cost == cost.most
 
 
 def test_measurements_that_begin_with_a_bank_are_known_by_what_they_can_do():
