@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -35,6 +38,12 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex; weight files do not change under a run."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def record_key(image_id: str) -> str:
+    """A folder name for any id: a readable part and a hash, never a path."""
+    digest = hashlib.sha256(image_id.encode(errors="surrogatepass")).hexdigest()[:12]
+    return f"{_UNSAFE.sub('-', image_id)[:60].strip('.-') or 'image'}-{digest}"
 
 
 def json_digest(content: Mapping[str, Any]) -> str:

@@ -20,11 +20,14 @@ from invmm.engine.protocols import Measurement
 from invmm.engine.settings import EngineSettings
 from invmm.files import json_digest
 from invmm.inversion.inversion import Inversion
+from invmm.inversion.replay import Replay
 from invmm.inversion.trajectory import Trajectory
 from invmm.models.adapter import ModelInfo, ModelRecipe
 from invmm.models.architectures import TrainableModel
 from invmm.models.execution import Execution
+from invmm.probability.bank import only_guidance_scale
 from invmm.replication.replication import Replication
+from invmm.results.run_folder import differences
 from invmm.runtime.loggers import RunLog
 from invmm.runtime.plan import MeasureRun, Shard
 from invmm.runtime.trainer import TrainerSettings
@@ -175,6 +178,10 @@ def _check_between(config: Mapping[str, Any], faults: list[str]) -> None:
     replication: Replication | None = _readable(Replication, config.get("replication"))
     if isinstance(measurement, Trajectory) and replication is not None:
         _collect(lambda: measurement.check_criterion(replication), faults)
+    if isinstance(measurement, Replay):
+        _collect(measurement.manifest, faults)
+        if sampler is not None:
+            _collect(lambda: only_guidance_scale(sampler), faults)
     if sampler is not None:
         _collect(lambda: sampler.check_steps(info.num_train_timesteps), faults)
         scales = list(sampler.guidance_scales)
@@ -186,6 +193,8 @@ def _check_between(config: Mapping[str, Any], faults: list[str]) -> None:
         _collect(lambda: sampler.check_kind(info.prediction_type), faults)
         if not faults:  # building the schedule takes a second that a faulty config need not wait
             _collect(lambda: _check_schedule(model.schedule(), sampler, measurement), faults)
+    if isinstance(measurement, Replay) and not faults and not config.get("dry_run"):
+        _collect(lambda: _check_source(measurement, model), faults)
 
 
 @runtime_checkable
@@ -201,6 +210,16 @@ def _check_schedule(
     sampler.check_schedule(schedule)
     if isinstance(measurement, _NeedsLevels):
         measurement.check_schedule(schedule)
+
+
+def _check_source(measurement: Replay, model: ModelRecipe) -> None:
+    """Reads the weights, which a dry run does not."""
+    searched = measurement.manifest()["inputs"]["model"]
+    if changed := differences(searched, model.fingerprint(), "model"):
+        raise ValueError(
+            f"measurement.source={measurement.source} searched another model "
+            f"({'; '.join(changed)}); give the model.path of that run, or a run of this model"
+        )
 
 
 def _check_shard(config: Mapping[str, Any], faults: list[str]) -> None:

@@ -65,7 +65,7 @@ def _positive(text: str) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     import torch
 
-    from invmm.runtime.evidence import read_manifest
+    from invmm.inversion.saved import read_manifest
     from invmm.runtime.verify import Verification, verify
 
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")

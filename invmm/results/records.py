@@ -7,18 +7,19 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from safetensors.torch import save
-from torch import Tensor
 
 from invmm.data.dataset import ImageEntry, LoadedImage
 from invmm.engine.outcomes import Outcome
 from invmm.files import write_atomically
-from invmm.results.run_folder import RunFolder, load_record
+from invmm.inversion.saved import load_record
+from invmm.results.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEMA_VERSION = 2
 
@@ -45,6 +46,9 @@ def write_record(
     Raises:
         OSError: the disk is full or gone; no record is left behind.
     """
+    import torch
+    from safetensors.torch import save
+
     place = folder.record_folder(entry.image_id)
     place.mkdir(parents=True, exist_ok=True)
     arrays = {
@@ -166,7 +170,7 @@ def _finite(value: float | None) -> float | None:
 
 def _png(pixels: Tensor) -> bytes:
     """(3, H, W) in [-1, 1] -> a PNG file."""
-    array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
+    array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
     buffer = io.BytesIO()
     Image.fromarray(array.cpu().numpy()).save(buffer, "PNG")
     return buffer.getvalue()

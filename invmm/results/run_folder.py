@@ -11,10 +11,8 @@ run_dir/locks/                   held by processes at work; the kernel frees the
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,25 +21,8 @@ from typing import IO, Any
 
 from invmm.data.dataset import ImageEntry
 from invmm.engine.outcomes import Status
-from invmm.files import write_atomically
-
-_KEEP = re.compile(r"[^A-Za-z0-9._-]+")
-
-
-def record_key(image_id: str) -> str:
-    """A folder name for any id: a readable part and a hash, never a path."""
-    digest = hashlib.sha256(image_id.encode(errors="surrogatepass")).hexdigest()[:12]
-    return f"{_KEEP.sub('-', image_id)[:60].strip('.-') or 'image'}-{digest}"
-
-
-def load_record(path: Path) -> dict[str, Any] | None:
-    """A record.json, None if it is missing or damaged: then the image is measured again."""
-    try:
-        record = json.loads(path.read_bytes())
-        Status(record["status"])
-        return record if isinstance(record["image_id"], str) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+from invmm.files import record_key, write_atomically
+from invmm.inversion.saved import load_record
 
 
 @dataclass(frozen=True)
@@ -283,7 +264,7 @@ def _locks(folder: Path, shard: str | None) -> list[IO[bytes] | None]:
     (folder / "locks").mkdir(exist_ok=True)
     return [
         _lock(folder / "run.lock", shared=True),
-        _lock(folder / "locks" / f"shard-{_KEEP.sub('-of-', shard)}.lock"),
+        _lock(folder / "locks" / f"shard-{shard.replace('/', '-of-')}.lock"),
     ]
 
 

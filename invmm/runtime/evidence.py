@@ -1,17 +1,13 @@
-"""What a verification rests on: manifest, records, distributions and the model, each checked."""
+"""What a verification rests on beside the distributions: records and the model, each checked."""
 
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from invmm.engine.outcomes import Status
 from invmm.models.borrowed import BorrowedModel
@@ -21,29 +17,8 @@ from invmm.results.records import read_records
 from invmm.results.run_folder import differences
 from invmm.runtime.plan import MeasureRun
 
-CHECKS = "curve/similarity_step"
-"""Of a record's arrays: one value a check."""
 SEARCHED = frozenset({Status.REPLICATED, Status.NOT_REPLICATED, Status.DIVERGED, Status.FAILED})
 """How a search for a noise distribution can end."""
-
-
-def read_manifest(run_dir: Path) -> dict[str, Any]:
-    """The manifest of a run.
-
-    Raises:
-        ValueError: there is none, or it is damaged.
-    """
-    path = run_dir / "manifest.json"
-    try:
-        manifest = json.loads(path.read_bytes())
-        missing = {"inputs", "config", "config_digest"} - manifest.keys()
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; give the folder of a run") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if missing:
-        raise ValueError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
-    return manifest
 
 
 def chosen_records(run_dir: Path, image_ids: Sequence[str]) -> list[dict[str, Any]]:
@@ -67,34 +42,6 @@ def chosen_records(run_dir: Path, image_ids: Sequence[str]) -> list[dict[str, An
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"{run_dir} has no record of {image_id}{hint}")
     return [by_id[image_id] for image_id in dict.fromkeys(image_ids)] or records
-
-
-def saved_tensors(folder: Path, latent_shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """The distribution that was found, and the steps at which it was checked.
-
-    Args:
-        folder: of the record.
-        latent_shape: (C, H, W) of the model.
-
-    Raises:
-        ValueError: they are not all there, or not what a model of this shape can draw with.
-    """
-    path = folder / "arrays.safetensors"
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        fault = "missing" if isinstance(error, FileNotFoundError) else f"damaged: {error}"
-        raise ValueError(f"its {path.name} is {fault}") from error
-    for name in ("mean", "log_variance", CHECKS):
-        if name not in tensors:
-            raise ValueError(f"its {path.name} has no {name}")
-    for name in ("mean", "log_variance"):
-        shape = tuple(tensors[name].shape)
-        if shape != tuple(latent_shape):
-            raise ValueError(f"its {name} has the shape {shape}, latents have {latent_shape}")
-        if not tensors[name].isfinite().all():
-            raise ValueError(f"its {name} is not finite")
-    return tensors
 
 
 def checked_network(

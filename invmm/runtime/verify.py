@@ -23,14 +23,13 @@ from invmm.engine.outcomes import Outcome, Status
 from invmm.engine.protocols import Setting, Target
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
-from invmm.files import write_atomically
+from invmm.files import record_key, write_atomically
 from invmm.inversion.confirmation import confirm
-from invmm.inversion.noise import GaussianNoise
+from invmm.inversion.saved import CHECKS, saved_noise, saved_tensors
 from invmm.models.execution import LoadedNetwork
 from invmm.results.records import damaged_records
-from invmm.results.run_folder import record_key
 from invmm.runtime.conditions import Conditions
-from invmm.runtime.evidence import CHECKS, checked_network, chosen_records, saved_tensors
+from invmm.runtime.evidence import checked_network, chosen_records
 from invmm.runtime.findings import Finding, table
 from invmm.runtime.plan import MeasureRun
 from invmm.runtime.verdict import Claim, Verdict
@@ -166,9 +165,7 @@ class Verifier:
                 condition=self._condition(entry, tensors),
                 negative=self.conditions.negative,
             )
-        noise = GaussianNoise(
-            *(tensors[name][None].to(self.network.device) for name in ("mean", "log_variance"))
-        )
+        noise = saved_noise(tensors, self.network.device)
 
         async def judged() -> Outcome:
             fresh = await confirm(

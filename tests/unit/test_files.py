@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 
-from invmm.files import file_sha256, write_atomically
+from invmm.files import file_sha256, record_key, write_atomically
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):
@@ -27,3 +27,9 @@ def test_the_digest_is_of_the_bytes(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     assert file_sha256(tmp_path / "abc") == hashlib.sha256(b"abc").hexdigest()
     assert file_sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea")
+
+
+def test_ids_that_look_alike_stay_apart():
+    ids = ["a/b", "a-b", "a b", "A-b", "x" * 60 + "1", "x" * 60 + "2"]
+    keys = {record_key(image_id).lower() for image_id in ids}
+    assert len(keys) == len(ids)

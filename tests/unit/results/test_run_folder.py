@@ -13,7 +13,7 @@ import pytest
 import written
 
 from invmm.engine.outcomes import Outcome, Status
-from invmm.results.run_folder import RunFolder, differences, read_processes, record_key
+from invmm.results.run_folder import RunFolder, differences, read_processes
 
 HOLD = """
 import sys, time
@@ -157,12 +157,6 @@ def test_no_id_leaves_the_folder(folder, image_id):
     assert place.resolve().parent == (folder.path / "records").resolve()
     written.write(folder, written.entry(image_id), written.outcome(Status.NOT_REPLICATED))
     assert json.loads((place / "record.json").read_text())["image_id"] == image_id
-
-
-def test_ids_that_look_alike_stay_apart():
-    ids = ["a/b", "a-b", "a b", "A-b", "x" * 60 + "1", "x" * 60 + "2"]
-    keys = {record_key(image_id).lower() for image_id in ids}
-    assert len(keys) == len(ids)
 
 
 def test_workers_get_the_folder_by_pickle(folder):

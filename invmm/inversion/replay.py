@@ -1,0 +1,135 @@
+"""Replaying what a search found: do its distributions replicate under another sampler? (ours).
+
+A noise distribution is found under one sampler, guidance scale and prompt. Here fresh samples are
+drawn from it under those of this run, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge, MinLen
+
+from invmm.diffusion.sampling import Sampler
+from invmm.engine.criterion import ReplicationCriterion
+from invmm.engine.outcomes import CostRange, Outcome, Status
+from invmm.engine.protocols import Setting, Target
+from invmm.files import record_key
+from invmm.inversion.confirmation import Confirmation, confirm
+from invmm.inversion.saved import (
+    check_picture,
+    load_record,
+    read_manifest,
+    saved_noise,
+    saved_tensors,
+)
+from invmm.probability.bank import only_guidance_scale, sampling_cost
+
+_MEASURED = (Status.REPLICATED, Status.NOT_REPLICATED, Status.DIVERGED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """Counts fresh samples of the distributions that an earlier run found.
+
+    The score is no InvMM, since the distribution need not replicate here: it is what the count
+    certifies, the -log of the least possible p of a free sample under this run's sampler, per
+    latent dimension. An image whose samples all fail is NOT_REPLICATED, and so is one for which the
+    source found no distribution; one that the source did not measure is FAILED.
+
+    Columns beside the score: method "certified", guidance_scale, basis, kl_nats of the
+    distribution, the columns of `Confirmation`; source_status, source_rate (at which the source
+    saw it replicate) and source_digest (of its config).
+
+    Attributes:
+        source: folder of a run with measurement=inversion, of the same model.
+        num_samples: fresh ones of each distribution.
+    """
+
+    source: Annotated[str, MinLen(1)]
+    num_samples: Annotated[int, Ge(1)] = 64
+
+    def manifest(self) -> dict[str, Any]:
+        """Of the source.
+
+        Raises:
+            ValueError: it is no folder of a search; naming the key, the value and the cure.
+        """
+        try:
+            manifest = read_manifest(Path(self.source))
+            config = manifest["config"]
+            if config.get("measurement", {}) != config.get("inversion"):
+                raise ValueError("it holds no distributions; give a run with measurement=inversion")
+        except ValueError as error:
+            raise ValueError(
+                f"measurement.source={self.source} cannot be replayed: {error}"
+            ) from error
+        return manifest
+
+    async def __call__(self, target: Target, setting: Setting, rng: torch.Generator) -> Outcome:
+        """Draws and counts; see `Measurement`.
+
+        Raises:
+            ValueError: the source did not measure this image, or what it saved cannot be drawn
+                from.
+        """
+        place = Path(self.source) / "records" / record_key(target.image_id)
+        record = load_record(place / "record.json")
+        if record is None or record["status"] not in _MEASURED:
+            how = "has no record of it" if record is None else f"ended as {record['status']}"
+            raise ValueError(
+                f"measurement.source={self.source} {how}; measure it there, then give "
+                "retry_failed=true"
+            )
+        check_picture(place, target.pixels)
+        origin = {
+            "source_status": record["status"],
+            "source_rate": record["replication_rate"],
+            "source_digest": record["config_digest"],
+        }
+        if record["status"] != Status.REPLICATED:
+            return Outcome(status=Status.NOT_REPLICATED, columns=origin)
+        tensors = saved_tensors(place, tuple(target.latents.shape[1:]))
+        basis = record["columns"].get("basis", "pixel")
+        # A stream of its own: a search of the same seed has seen the numbers of this one.
+        seed = int(torch.randint(2**62, (), generator=rng))
+        fresh = await confirm(
+            saved_noise(tensors, target.latents.device),
+            target,
+            setting,
+            torch.Generator().manual_seed(seed),
+            num_samples=self.num_samples,
+            guidance_scale=only_guidance_scale(setting.sampler),
+            basis=basis,
+        )
+        return _outcome(fresh, target, {**origin, "basis": basis})
+
+    def cost(self, sampler: Sampler, criterion: ReplicationCriterion) -> CostRange:
+        """See `Measurement`; of an image with a distribution, the others cost nothing."""
+        cost = sampling_cost(self.num_samples, sampler)
+        return CostRange(fewest=cost, most=cost)
+
+
+def _outcome(fresh: Confirmation, target: Target, columns: Mapping[str, Any]) -> Outcome:
+    """What the samples say, the closest first."""
+    order = fresh.check.similarities.argsort(descending=True)
+    nats = -fresh.log_p_certified if fresh.count else None
+    return Outcome(
+        status=Status.NOT_REPLICATED if nats is None else Status.ESTIMATED,
+        score=None if nats is None else nats / target.latents[0].numel(),
+        score_nats=nats,
+        replication_rate=fresh.rate,
+        best_similarity=fresh.check.best,
+        samples=fresh.check.pixels[order].cpu(),
+        columns={
+            "method": "certified",
+            "guidance_scale": fresh.check.guidance_scale,
+            "kl_nats": fresh.kl_nats,
+            **fresh.columns(),
+            **columns,
+        },
+    )

@@ -1,0 +1,112 @@
+"""What a search left in the folder of its run, checked, to draw from it once more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from safetensors import SafetensorError
+
+from invmm.engine.outcomes import Status
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from invmm.inversion.noise import GaussianNoise
+
+CHECKS = "curve/similarity_step"
+"""Of a record's arrays: one value a check."""
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any]:
+    """The manifest of a run.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    path = run_dir / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        missing = {"inputs", "config", "config_digest"} - manifest.keys()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path} is missing; give the folder of a run") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if missing:
+        raise ValueError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
+    return manifest
+
+
+def load_record(path: Path) -> dict[str, Any] | None:
+    """A record.json; None if it is missing or damaged, so that its image is not measured yet."""
+    try:
+        record = json.loads(path.read_bytes())
+        Status(record["status"])
+        return record if isinstance(record["image_id"], str) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def saved_tensors(folder: Path, latent_shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """The distribution that was found, and the steps at which it was checked.
+
+    Args:
+        folder: of the record.
+        latent_shape: (C, H, W) of the model.
+
+    Raises:
+        ValueError: they are not all there, or not what a model of this shape can draw with.
+    """
+    from safetensors.torch import load_file
+
+    path = folder / "arrays.safetensors"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        fault = "missing" if isinstance(error, FileNotFoundError) else f"damaged: {error}"
+        raise ValueError(f"its {path.name} is {fault}") from error
+    for name in ("mean", "log_variance", CHECKS):
+        if name not in tensors:
+            raise ValueError(f"its {path.name} has no {name}")
+    for name in ("mean", "log_variance"):
+        shape = tuple(tensors[name].shape)
+        if shape != tuple(latent_shape):
+            raise ValueError(f"its {name} has the shape {shape}, latents have {latent_shape}")
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"its {name} is not finite")
+    return tensors
+
+
+def saved_noise(tensors: Mapping[str, Tensor], device: torch.device) -> GaussianNoise:
+    """The distribution among the arrays of a record, on the device that draws from it."""
+    from invmm.inversion.noise import GaussianNoise
+
+    return GaussianNoise(*(tensors[name][None].to(device) for name in ("mean", "log_variance")))
+
+
+def check_picture(folder: Path, pixels: Tensor) -> None:
+    """Refuses another image of the same name.
+
+    Args:
+        folder: of the record.
+        pixels: (3, H, W) in [-1, 1] of the image.
+
+    Raises:
+        ValueError: it is not the one that was measured, or that is not known.
+    """
+    import torch
+
+    path = folder / "target.png"
+    try:
+        with Image.open(path) as picture:
+            levels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"its {path.name} is missing or damaged") from error
+    measured = levels / 127.5 - 1
+    if measured.shape != pixels.shape or not torch.allclose(measured, pixels.cpu(), atol=1e-3):
+        raise ValueError(f"its {path.name} shows another image than the one of this name here")
