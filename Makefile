@@ -42,10 +42,11 @@ bench: $(READY)  ## time the engine (ten minutes, nothing else running)
 bench-gpu: $(READY)  ## the same on a GPU
 	bash experiments/bench/run.sh --device cuda
 
-study: $(READY)  ## make study STUDY=name: run experiments/name
+study: $(READY)  ## make study STUDY=name [OPTIONS='logger=wandb logger.mode=offline']: run experiments/name
 	@test -n "$(STUDY)" -a -f "experiments/$(STUDY)/run.sh" || { \
-		echo "STUDY=$(STUDY): there is no such study; there are: $$(ls experiments | grep -v README)"; exit 2; }
-	bash experiments/$(STUDY)/run.sh
+		echo "STUDY=$(STUDY): there is no such study; there are: $$(basename -a experiments/*/ | xargs)"; exit 2; }
+	WANDB_RUN_GROUP=$(STUDY) bash experiments/$(STUDY)/run.sh $(OPTIONS)
+	$(if $(filter logger=wandb,$(OPTIONS)),$(PYTHON) experiments/publish.py $(STUDY) $(OPTIONS))
 
 figures: $(READY)  ## draw the figures of all studies again, from the saved records of those that ran
 	@for plot in experiments/*/plot.py; do \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,29 +11,34 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from invmm.analysis.statistics import rank_correlation
-from invmm.analysis.study import finish, found_by_group, read_run, separation
+from invmm.analysis.statistics import image_groups, rank_correlation, success_curve
+from invmm.analysis.study import finish, found_by_group, read_run, rounded, separation
 from invmm.analysis.style import COLOURS, LABELS, style
+from invmm.results.collect import has_score, is_censored
 
 STUDY = Path(__file__).parent
 RESULTS = Path("results/ablation")
+PANELS = 6
+"""Of the figure of success, in a row."""
 
 
 def main() -> int:
     """Draws and checks the study."""
     counted = read_run(RESULTS / "counted")
     runs = {name: read_run(RESULTS / name) for name in variants()}
-    base = {False: runs["base"], True: runs["trajectory"]}
     summary = {
-        name: of_variant(frame, base[name.startswith("trajectory")], counted)
-        for name, frame in runs.items()
+        name: of_variant(frame, runs[base_of(name)], counted) for name, frame in runs.items()
     }
     table = pd.DataFrame([flat(name, found) for name, found in summary.items()])
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    table.to_csv(RESULTS / "variants.csv", index=False)
     print(table.to_string(index=False))
+    curves = {name: success_of(frame) for name, frame in runs.items()}
+    tables = {
+        "variants": table,
+        "success": pd.concat(curve.assign(variant=name) for name, curve in curves.items()),
+    }
     with style():
-        return finish(STUDY, RESULTS, summary, {"variants": figure_of(summary)})
+        figures = {"variants": figure_of(summary), "success": success_figure(curves)}
+        return finish(STUDY, RESULTS, summary, figures, tables)
 
 
 def variants() -> list[str]:
@@ -42,23 +48,40 @@ def variants() -> list[str]:
     return [name for name in names if name != "counted"]
 
 
+def base_of(name: str) -> str:
+    """The inversion that a variant differs from in one setting."""
+    return "trajectory" if name.startswith("trajectory") else "base"
+
+
 def of_variant(frame: pd.DataFrame, base: pd.DataFrame, counted: pd.DataFrame) -> dict[str, object]:
     """What it found, how its scores compare with those of the base on icons that both found."""
     both = frame.merge(base, on="image_id", suffixes=("", "_base"))
     both = both.loc[both.score.notna() & both.score_base.notna()]
     ratios = both.score / both.score_base
-    evaluations = frame.evaluations_forward + frame.evaluations_backward
-    correlation = rank_correlation(frame, counted, tie_break=True)
     return {
         "found": found_by_group(frame),
         **separation(frame),
-        "spearman_with_p": None if correlation is None else round(correlation, 3),
-        "score_median": None if frame.score.isna().all() else round(frame.score.median(), 4),
+        "spearman_with_p": rounded(rank_correlation(frame, counted, tie_break=True)),
+        "score_median": rounded(frame.score.median(), 4),
         "both_found": len(both),
-        "score_against_base": round(float(np.median(ratios)), 3) if len(both) else None,
-        "evaluations_median": float(evaluations.median()),
+        "score_against_base": rounded(ratios.median()),
+        "evaluations_median": float(evaluations(frame).median()),
         "failed": int(frame.status.isin(["FAILED", "DIVERGED"]).sum()),
     }
+
+
+def evaluations(frame: pd.DataFrame) -> pd.Series:
+    """Rows through the network, forwards and backwards, that each icon took in all."""
+    return frame.evaluations_forward + frame.evaluations_backward
+
+
+def success_of(frame: pd.DataFrame) -> pd.DataFrame:
+    """Share of the duplicated icons found within so many evaluations, the others censored."""
+    is_measured = has_score(frame) | is_censored(frame)
+    mine = frame.loc[is_measured & (image_groups(frame) == "duplicated")]
+    curve = success_curve(evaluations(mine).to_numpy(float), has_score(mine).to_numpy())
+    none = pd.DataFrame({"budgets": [0.0], "shares": [0.0]})
+    return pd.concat([none, pd.DataFrame(asdict(curve))], ignore_index=True)
 
 
 def flat(name: str, found: dict) -> dict[str, object]:
@@ -98,6 +121,30 @@ def figure_of(summary: dict[str, dict]) -> Figure:
     ratios.set_xlabel("score / base")
     costs.set_xlabel("evaluations, median")
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def success_figure(curves: dict[str, pd.DataFrame]) -> Figure:
+    """Success of each variant against evaluations with its 95 % interval; grey: of its base."""
+    rows = -(-len(curves) // PANELS)
+    figure, axes = plt.subplots(
+        rows, PANELS, figsize=(9.6, 1.3 * rows), sharex=True, sharey=True, squeeze=False
+    )
+    for axis in axes.flat[len(curves) :]:
+        axis.set_axis_off()
+    colour = COLOURS["duplicated"]
+    for axis, (name, curve) in zip(axes.flat, curves.items(), strict=False):
+        base = curves[base_of(name)]
+        axis.step(base.budgets, base.shares, where="post", color="#999999", linewidth=0.8)
+        axis.step(curve.budgets, curve.shares, where="post", color=colour)
+        ends = (curve.budgets, curve.low, curve.high)
+        axis.fill_between(*ends, step="post", color=colour, alpha=0.2, linewidth=0)
+        axis.set_title(name, fontsize=7)
+        axis.set_ylim(0, 1.02)
+        axis.tick_params(labelsize=7)
+    figure.supxlabel("network evaluations of an icon, its confirmation included", fontsize=8)
+    figure.supylabel("share of the duplicated icons found", fontsize=8)
+    figure.tight_layout()
     return figure
 
 

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # One setting of the inversion after the other, on the demo's model and icons.
 set -euo pipefail
+options=("$@")
 .venv/bin/invmm-train experiment=demo_model
-variant() { .venv/bin/invmm experiment=ablation run_dir="results/ablation/$1" "${@:2}"; }
+variant() {
+    .venv/bin/invmm experiment=ablation run_dir="results/ablation/$1" "${@:2}" "${options[@]}"
+}
 
 variant counted 'dataset.take=null' measurement=free_sampling measurement.num_samples=4096 seed=1
 

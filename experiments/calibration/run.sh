@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # Every estimator against counted probabilities, on a model with 40 planted icons.
 set -euo pipefail
+options=("$@")
 .venv/bin/invmm-train experiment=calibration_model
-measure() { .venv/bin/invmm experiment=calibration run_dir="results/calibration/$1" "${@:2}"; }
+measure() {
+    .venv/bin/invmm experiment=calibration run_dir="results/calibration/$1" "${@:2}" "${options[@]}"
+}
 published=(inversion=paper_ddpm inversion.objective.batch_size=16)
 take() { echo "dataset.take={duplicated:$1,single:$2,held_out:$3}"; }
 

@@ -36,10 +36,10 @@ def main() -> int:
         },
         "split": {"images": len(split), "estimated": int(split.score.notna().sum())},
     }
-    joined[COLUMNS].to_csv(RESULTS / "demo.csv", index=False)
     print(text_table(joined))
     with style():
-        return finish(STUDY, RESULTS, summary, {"demo": figure_of(joined)})
+        figures = {"demo": figure_of(joined)}
+        return finish(STUDY, RESULTS, summary, figures, {"demo": joined.loc[:, COLUMNS]})
 
 
 def with_probability(

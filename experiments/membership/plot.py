@@ -10,14 +10,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from invmm.analysis.statistics import (
-    auroc_interval,
-    image_groups,
-    memorization_order,
-    rank_correlation,
-    tpr_at_fpr,
-)
-from invmm.analysis.study import finish, found_by_group, read_run
+from invmm.analysis.separation import contrast
+from invmm.analysis.statistics import image_groups, rank_correlation
+from invmm.analysis.study import finish, found_by_group, read_run, rounded
 from invmm.analysis.style import COLOURS, LABELS, style
 from invmm.engine.outcomes import Status
 from invmm.results.collect import has_score, is_censored
@@ -27,6 +22,7 @@ RESULTS = Path("results/membership")
 MEMORIZATION = ("counted", "trajectory", "adaptive")
 MEMBERSHIP = ("denoising_loss", "secmi", "pia", "pian")
 CONTROL = "png_bytes"
+STATISTICS = ("auroc", "low", "high", "tpr_at_fpr_1", "tpr_at_fpr_1_low", "tpr_at_fpr_1_high")
 CONTRASTS = {
     "member_held_out": "trained on, against held out",
     "single_held_out": "one copy, against held out",
@@ -40,16 +36,17 @@ def main() -> int:
     runs = {name: read_run(RESULTS / name) for name in (*MEMORIZATION, *MEMBERSHIP)}
     runs[CONTROL] = png_bytes(runs["counted"])
     table = separations(runs)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    table.to_csv(RESULTS / "separations.csv", index=False)
     print(table.to_string(index=False))
     summary = {name: of_score(name, frame, runs, table) for name, frame in runs.items()}
+    joined = with_counts(runs["denoising_loss"], runs["counted"])
+    samples = int(runs["counted"].num_free_samples.max())
+    tables = {"loss_and_probability": joined, "separations": table}
     with style():
         figures = {
-            "loss_and_probability": loss_figure(runs["denoising_loss"], runs["counted"]),
+            "loss_and_probability": loss_figure(joined, samples),
             "separations": separation_figure(table),
         }
-        return finish(STUDY, RESULTS, summary, figures)
+        return finish(STUDY, RESULTS, summary, figures, tables)
 
 
 def png_bytes(frame: pd.DataFrame) -> pd.DataFrame:
@@ -78,33 +75,36 @@ def contrasted(frame: pd.DataFrame, counted: pd.DataFrame) -> dict[str, tuple[pd
 
 
 def separations(runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """AUROC with its bootstrap interval and TPR at <= 1 % FPR, one line a score and contrast.
+    """AUROC and TPR at <= 1 % FPR with their intervals, one line a score and contrast.
 
     Censored images stand last: by best similarity, and once more tied (`tie_break` False). Counts
-    are not held against whether they are 0.
+    are not held against whether they are 0. The counts tell the near-duplicates.
     """
+    alike = runs["counted"].set_index("image_id").near_duplicate_group
     lines = []
     for name, frame in runs.items():
         measured = frame.loc[has_score(frame) | is_censored(frame)]
+        measured = measured.assign(near_duplicate_group=measured.image_id.map(alike))
         sides = contrasted(measured, runs["counted"])
         for tie_break in (True, False) if is_censored(measured).any() else (True,):
-            order = memorization_order(measured, tie_break=tie_break)
-            for contrast, (positives, negatives) in sides.items():
-                if (name, contrast) == ("counted", "returned_never"):
+            for side, (positives, negatives) in sides.items():
+                if (name, side) == ("counted", "returned_never"):
                     continue
-                above, below = order[positives], order[negatives]
-                area = auroc_interval(above, below)
+                found = contrast(measured, positives, negatives, tie_break=tie_break)
+                area, rate = (found.auroc, found.tpr_at_fpr_1) if found else (None, None)
                 lines.append(
                     {
                         "score": name,
                         "tie_break": tie_break,
-                        "contrast": contrast,
-                        "positives": len(above),
-                        "negatives": len(below),
+                        "contrast": side,
+                        "positives": int(positives.sum()),
+                        "negatives": int(negatives.sum()),
                         "auroc": rounded(area and area.value),
                         "low": rounded(area and area.low),
                         "high": rounded(area and area.high),
-                        "tpr_at_fpr_1": rounded(tpr_at_fpr(above, below)),
+                        "tpr_at_fpr_1": rounded(rate and rate.value),
+                        "tpr_at_fpr_1_low": rounded(rate and rate.low),
+                        "tpr_at_fpr_1_high": rounded(rate and rate.high),
                     }
                 )
     return pd.DataFrame(lines)
@@ -133,21 +133,24 @@ def of_score(
         found["evaluations_median"] = float(evaluations.median())
     for line in table.loc[table.score == name].to_dict("records"):
         suffix = "" if line["tie_break"] else "_score_alone"
-        found[line["contrast"] + suffix] = {
-            column: rounded(line[column]) for column in ("auroc", "low", "high", "tpr_at_fpr_1")
-        }
+        found[line["contrast"] + suffix] = {column: rounded(line[column]) for column in STATISTICS}
     return found
 
 
-def loss_figure(losses: pd.DataFrame, counted: pd.DataFrame) -> Figure:
+def with_counts(losses: pd.DataFrame, counted: pd.DataFrame) -> pd.DataFrame:
+    """Denoising loss and counted log p with its interval, one line an icon."""
+    columns = ["image_id", "log_p", "log_p_low", "log_p_high"]
+    return losses[["image_id", "split", "copies", "score"]].merge(counted[columns], on="image_id")
+
+
+def loss_figure(joined: pd.DataFrame, samples: int) -> Figure:
     """Denoising loss against counted probability: a membership score against memorization."""
-    both = losses.merge(counted, on="image_id", suffixes=("", "_counted"))
-    groups = image_groups(both)
+    groups = image_groups(joined)
     figure, (never, often) = plt.subplots(
         1, 2, figsize=(5.2, 3.6), sharey=True, width_ratios=[1, 3]
     )
     for place, (group, colour) in enumerate(list(COLOURS.items())[:3]):
-        mine = both.loc[groups == group]
+        mine = joined.loc[groups == group]
         seen, unseen = mine.loc[mine.log_p.notna()], mine.loc[mine.log_p.isna()]
         p, low, high = np.exp(seen[["log_p", "log_p_low", "log_p_high"]].to_numpy(float)).T
         never.scatter([place] * len(unseen), unseen.score, s=14, color=colour)
@@ -161,7 +164,6 @@ def loss_figure(losses: pd.DataFrame, counted: pd.DataFrame) -> Figure:
             color=colour,
             label=f"{LABELS[group]} ({len(mine)})",
         )
-    samples = int(counted.num_free_samples.max())
     never.set(xlim=(-0.6, 2.6), xticks=[], yscale="log", xlabel=f"none in {samples:,}")
     never.set_ylabel("denoising loss (low: like a training image)")
     often.set(xscale="log", xlabel="counted probability, exact 95 % interval")
@@ -178,14 +180,15 @@ def separation_figure(table: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(
         1, len(CONTRASTS), figsize=(9.6, 0.4 * len(names) + 1), sharey=True, sharex=True
     )
-    for axis, (contrast, title) in zip(axes, CONTRASTS.items(), strict=True):
-        for line in table.loc[table.contrast == contrast].to_dict("records"):
+    for axis, (side, title) in zip(axes, CONTRASTS.items(), strict=True):
+        for line in table.loc[table.contrast == side].to_dict("records"):
             colour, is_alone = colour_of(line["score"]), not line["tie_break"]
             place = -names.index(line["score"]) - 0.3 * is_alone
             face = "white" if is_alone else colour
             axis.plot([line["low"], line["high"]], [place, place], color=colour, linewidth=0.8)
             axis.scatter(line["auroc"], place, s=16, facecolors=face, edgecolors=colour, zorder=3)
-            axis.text(1.04, place, f"{line['tpr_at_fpr_1']:.0%}", va="center", fontsize=6)
+            rate, low, high = (line[column] for column in STATISTICS[3:])
+            axis.text(1.04, place, f"{rate:.0%} ({low:.0%} to {high:.0%})", va="center", fontsize=5)
         axis.axvline(0.5, color="#999999", linewidth=0.8)
         axis.set_title(title, fontsize=7)
         axis.set_xlim(0, 1.02)
@@ -200,11 +203,6 @@ def colour_of(score: str) -> str:
     if score == CONTROL:
         return COLOURS["unknown"]
     return COLOURS["single" if score in MEMBERSHIP else "duplicated"]
-
-
-def rounded(value: float | None, digits: int = 3) -> float | None:
-    """None for what is not there."""
-    return None if value is None or pd.isna(value) else round(float(value), digits)
 
 
 if __name__ == "__main__":

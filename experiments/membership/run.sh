@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # Scores of memorization and of membership, on the demo's model and 72 of its icons.
 set -euo pipefail
+options=("$@")
 .venv/bin/invmm-train experiment=demo_model
-measure() { .venv/bin/invmm experiment=membership run_dir="results/membership/$1" "${@:2}"; }
+measure() {
+    .venv/bin/invmm experiment=membership run_dir="results/membership/$1" "${@:2}" "${options[@]}"
+}
 measure counted measurement=free_sampling measurement.num_samples=4096 seed=1
 measure trajectory inversion=trajectory
 measure adaptive inversion=adaptive 'dataset.take={duplicated:12,single:12,held_out:12}'

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from invmm.analysis.statistics import image_groups
-from invmm.analysis.study import finish, found_by_group, read_run, separation
+from invmm.analysis.study import finish, found_by_group, read_run, separation, share_table
 from invmm.analysis.style import COLOURS, LABELS, one_line, style
 from invmm.results.records import read_pictures
 
@@ -23,9 +23,11 @@ SHOWN = {"duplicated": 4, "single": 2, "held_out": 2}
 def main() -> int:
     """Draws and checks the study."""
     runs = {prompt: read_run(RESULTS / prompt) for prompt in PROMPTS}
+    summary = {prompt: of_run(frame) for prompt, frame in runs.items()}
+    tables = {"found": share_table(runs, "prompt"), "gallery": gallery_table(runs)}
     with style():
         figures = {"found": found_figure(runs), "gallery": gallery_figure(runs)}
-        return finish(STUDY, RESULTS, {p: of_run(frame) for p, frame in runs.items()}, figures)
+        return finish(STUDY, RESULTS, summary, figures, tables)
 
 
 def of_run(frame: pd.DataFrame) -> dict[str, object]:
@@ -64,15 +66,33 @@ def found_figure(runs: dict[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def gallery_figure(runs: dict[str, pd.DataFrame]) -> Figure:
-    """Icons beside the closest sample under each prompt, with score, guidance and found prompt."""
+def shown_icons(runs: dict[str, pd.DataFrame]) -> list[str]:
+    """The first icons of each group."""
     first = runs[PROMPTS[0]]
     groups = image_groups(first)
-    rows = [
-        row
+    return [
+        image_id
         for group, count in SHOWN.items()
-        for row in first[groups == group].image_id.head(count).tolist()
+        for image_id in first[groups == group].image_id.head(count).tolist()
     ]
+
+
+def gallery_table(runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """What the gallery says of its icons, one line an icon and prompt."""
+    columns = ["image_id", "caption", "copies", "status", "score", "best_similarity"]
+    found = ["guidance_scale", "prompt"]
+    table = pd.concat(
+        frame.reindex(columns=[*columns, *found])
+        .rename(columns={"prompt": "found_prompt"})
+        .assign(prompt=prompt)
+        for prompt, frame in runs.items()
+    )
+    return table.loc[table.image_id.isin(shown_icons(runs))]
+
+
+def gallery_figure(runs: dict[str, pd.DataFrame]) -> Figure:
+    """Icons beside the closest sample under each prompt, with score, guidance and found prompt."""
+    rows = shown_icons(runs)
     figure, axes = plt.subplots(
         len(rows), 1 + len(runs), figsize=(7.2, 1.35 * len(rows)), squeeze=False
     )

@@ -22,7 +22,14 @@ from invmm.analysis.statistics import (
     proportion,
     rank_correlation,
 )
-from invmm.analysis.study import finish, found_by_group, read_run, separation
+from invmm.analysis.study import (
+    finish,
+    found_by_group,
+    read_run,
+    rounded,
+    separation,
+    share_table,
+)
 from invmm.analysis.style import COLOURS, LABELS, style
 from invmm.results.records import read_replicas
 
@@ -46,10 +53,10 @@ def main() -> int:
         step: {name: read_run(run_dir(name, step)) for name in MEASUREMENTS} for step in steps()
     }
     summary = {f"step_{step:06d}": of_step(step, frames) for step, frames in runs.items()}
-    images(runs).to_csv(RESULTS / "images.csv", index=False)
+    tables = {"sampling": sampling_table(summary), "images": images(runs), "shares": shares(runs)}
     with style():
         figures = {"sampling": sampling_figure(runs), "scores": score_figure(runs)}
-        return finish(STUDY, RESULTS, summary, figures)
+        return finish(STUDY, RESULTS, summary, figures, tables)
 
 
 def steps() -> list[int]:
@@ -76,6 +83,29 @@ def images(runs: Runs) -> pd.DataFrame:
         for step, frames in runs.items()
         for name, frame in frames.items()
     )
+
+
+def shares(runs: Runs) -> pd.DataFrame:
+    """Images with a score of those that the trajectories measured, by step and measurement."""
+    return pd.concat(
+        share_table(
+            {step: of_subset(frames, name) for step, frames in runs.items()}, "step"
+        ).assign(measurement=name)
+        for name in MEASUREMENTS
+    )
+
+
+def sampling_table(summary: dict[str, dict]) -> pd.DataFrame:
+    """What free samples return, one line a step and number of copies."""
+    lines = []
+    for step, found in summary.items():
+        for copies in COPIES:
+            statistics = found[f"copies_{copies}"]
+            lines.append({"step": int(step.removeprefix("step_")), "copies": copies})
+            for name in ("returned", "p_mean", "best_similarity"):
+                ends = statistics[name] or {"value": None, "low": None, "high": None}
+                lines[-1] |= {f"{name}_{end}": value for end, value in ends.items()}
+    return pd.DataFrame(lines)
 
 
 def of_step(step: int, frames: dict[str, pd.DataFrame]) -> dict[str, object]:
@@ -291,11 +321,6 @@ def label_of(copies: int) -> str:
 def shown(estimate: Estimate | None) -> dict[str, float | None] | None:
     """With its interval, for the summary."""
     return estimate and {name: rounded(end, 5) for name, end in asdict(estimate).items()}
-
-
-def rounded(value: float | None, digits: int = 3) -> float | None:
-    """None for what is not there."""
-    return None if value is None or pd.isna(value) else round(float(value), digits)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # One training, six checkpoints: what each of them returns, and what the inversions find in it.
 set -euo pipefail
+options=("$@")
 .venv/bin/invmm-train experiment=training_steps_model
 measure() { # MEASUREMENT CHECKPOINT OVERRIDE...
     .venv/bin/invmm experiment=training_steps "model.path=$2" \
-        run_dir="results/training_steps/$1_${2##*_}" "${@:3}"
+        run_dir="results/training_steps/$1_${2##*_}" "${@:3}" "${options[@]}"
 }
 for model in results/training_steps/model/step_*; do
     measure counted "$model" measurement=free_sampling measurement.num_samples=2048 seed=1 \

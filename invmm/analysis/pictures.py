@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from invmm.analysis.statistics import image_groups
+from invmm.analysis.statistics import image_groups, near_duplicate_groups
 from invmm.analysis.style import COLOURS, LABELS, one_line, save_figure, style
 from invmm.analysis.table import shown_draws, shown_score
 from invmm.engine.outcomes import Status
@@ -113,7 +113,7 @@ def score_histogram(run_dir: Path, frame: pd.DataFrame) -> Path:
 
 def _together(frame: pd.DataFrame) -> pd.DataFrame:
     """A ranked table, the near-duplicates of an image after it, but not too many of them."""
-    groups = frame.groupby(frame.near_duplicate_group.fillna(frame.image_id), sort=False)
+    groups = frame.groupby(near_duplicate_groups(frame), sort=False)
     places = groups.ngroup()[groups.cumcount() < MAX_GALLERY_DUPLICATES]
     return frame.loc[places.sort_values(kind="stable").index]
 

@@ -1,14 +1,14 @@
-"""How well a score tells one group of images from another, and how sure one can be."""
+"""What the scores of a run say together, and how sure one can be."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from invmm.probability.certificate import clopper_pearson
 from invmm.results.collect import has_score, is_censored
 
 if TYPE_CHECKING:
@@ -39,12 +39,7 @@ class Proportion:
 
 def proportion(count: int, total: int) -> Proportion:
     """Clopper-Pearson 95 %; of nothing, anything between 0 and 1."""
-    from scipy.stats import binomtest
-
-    if total == 0:
-        return Proportion(0, 0, 0.0, 1.0)
-    interval = binomtest(count, total).proportion_ci(0.95, method="exact")
-    return Proportion(count, total, interval.low, interval.high)
+    return Proportion(count, total, *(clopper_pearson(count, total) if total else (0.0, 1.0)))
 
 
 def memorization_order(frame: pd.DataFrame, *, tie_break: bool) -> np.ndarray:
@@ -65,36 +60,13 @@ def memorization_order(frame: pd.DataFrame, *, tie_break: bool) -> np.ndarray:
     return ranks
 
 
-def auroc(positives: np.ndarray, negatives: np.ndarray) -> float | None:
-    """Probability that a positive stands above a negative, ties counted half; None if empty."""
-    from scipy.stats import rankdata
-
-    of_positives, of_negatives = len(positives), len(negatives)
-    if of_positives == 0 or of_negatives == 0:
-        return None
-    ranks = rankdata(np.concatenate([positives, negatives]))[:of_positives]
-    above = ranks.sum() - of_positives * (of_positives + 1) / 2  # pairs (Mann & Whitney 1947)
-    return float(above / (of_positives * of_negatives))
-
-
-def tpr_at_fpr(positives: np.ndarray, negatives: np.ndarray, limit: float = 0.01) -> float | None:
-    """True-positive rate at the last operating point whose false-positive rate is <= limit."""
-    from sklearn.metrics import roc_curve
-
-    if len(positives) == 0 or len(negatives) == 0:
-        return None
-    labels = np.repeat([1, 0], [len(positives), len(negatives)])
-    fpr, tpr, _ = roc_curve(labels, np.concatenate([positives, negatives]), drop_intermediate=False)
-    return float(tpr[fpr <= limit][-1])
-
-
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic with its bootstrap interval.
+    """A statistic with its interval.
 
     Attributes:
         value: of all images.
-        low: lower end of the 95 % percentile interval.
+        low: lower end of the 95 % interval.
         high: its upper end.
     """
 
@@ -106,31 +78,6 @@ class Estimate:
         return f"{self.value:.3g} (95 % interval {self.low:.3g} to {self.high:.3g})"
 
 
-def auroc_interval(
-    positives: np.ndarray,
-    negatives: np.ndarray,
-    duplicates: tuple[np.ndarray, np.ndarray] | None = None,
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Estimate | None:
-    """`auroc` with its interval; positives and negatives are resampled apart.
-
-    Args:
-        positives: numbers that grow with memorization.
-        negatives: of the other side.
-        duplicates: the duplicate group of each positive and of each negative; images of a group are
-            drawn together. None if no two images are alike.
-        resamples: drawn with replacement.
-        seed: of them.
-
-    Returns:
-        None if a side has fewer than two groups: then nothing is known of its spread.
-    """
-    groups = duplicates or (np.arange(len(positives)), np.arange(len(negatives)))
-    return _bootstrapped(auroc, (positives, negatives), groups, resamples, seed)
-
-
 def median_interval(
     values: np.ndarray,
     duplicates: np.ndarray | None = None,
@@ -138,47 +85,33 @@ def median_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Estimate | None:
-    """The median with its interval; arguments and None as for `auroc_interval`."""
-    groups = np.arange(len(values)) if duplicates is None else duplicates
-    return _bootstrapped(np.median, (values,), (groups,), resamples, seed)
+    """The median with its bootstrap percentile interval.
 
+    Args:
+        values: (N,).
+        duplicates: (N,) the duplicate group of each; images of a group are drawn together. None if
+            no two images are alike.
+        resamples: drawn with replacement.
+        seed: of them.
 
-def _bootstrapped(
-    statistic: Callable[..., float | None],
-    samples: Sequence[np.ndarray],
-    groups: Sequence[np.ndarray],
-    resamples: int,
-    seed: int,
-) -> Estimate | None:
-    """Each sample's groups are drawn with replacement, all values of a group together."""
+    Returns:
+        None for fewer than two groups: then nothing is known of its spread.
+    """
     from scipy.stats import bootstrap
 
-    by_group = [
-        [values[own == group] for group in np.unique(own)]
-        for values, own in zip(samples, groups, strict=True)
-    ]
-    if min(map(len, by_group)) < 2:
+    groups = np.arange(len(values)) if duplicates is None else duplicates
+    by_group = [values[groups == group] for group in np.unique(groups)]
+    if len(by_group) < 2:
         return None
-
-    def of_drawn(*drawn: np.ndarray) -> float | None:
-        return statistic(
-            *(
-                np.concatenate([parts[index] for index in indices])
-                for parts, indices in zip(by_group, drawn, strict=True)
-            )
-        )
-
     interval = bootstrap(
-        [np.arange(len(parts)) for parts in by_group],
-        of_drawn,
+        [np.arange(len(by_group))],
+        lambda drawn: np.median(np.concatenate([by_group[index] for index in drawn])),
         vectorized=False,
         method="percentile",
         n_resamples=resamples,
         random_state=np.random.default_rng(seed),  # pyright: ignore # rng before scipy 1.15
     ).confidence_interval
-    value = statistic(*samples)
-    assert value is not None
-    return Estimate(float(value), float(interval.low), float(interval.high))
+    return Estimate(float(np.median(values)), float(interval.low), float(interval.high))
 
 
 @dataclass(frozen=True)
@@ -252,6 +185,16 @@ def rank_correlation(left: pd.DataFrame, right: pd.DataFrame, *, tie_break: bool
     return float(found.statistic)
 
 
+def found_shares(frame: pd.DataFrame) -> dict[str, Proportion]:
+    """Group -> the share of its measured images that have a score; of no images in some."""
+    measured = frame.loc[has_score(frame) | is_censored(frame)]
+    groups, scored = image_groups(measured), has_score(measured)
+    return {
+        group: proportion(int(scored[groups == group].sum()), int((groups == group).sum()))
+        for group in ("duplicated", "single", "held_out", "unknown")
+    }
+
+
 def image_groups(frame: pd.DataFrame) -> pd.Series:
     """duplicated, single, held_out or unknown, for each image."""
     copies = frame.copies
@@ -260,6 +203,11 @@ def image_groups(frame: pd.DataFrame) -> pd.Series:
     groups[(copies == 1).fillna(False)] = "single"
     groups[(copies == 0).fillna(False)] = "held_out"
     return groups
+
+
+def near_duplicate_groups(frame: pd.DataFrame) -> pd.Series:
+    """The near-duplicate group of each image; of those that are like no other, their own id."""
+    return frame.near_duplicate_group.fillna(frame.image_id)
 
 
 def _standing(values: np.ndarray) -> np.ndarray:

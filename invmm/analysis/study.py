@@ -1,7 +1,8 @@
-"""How a study ends: a summary of numbers, figures beside it, and whether they are as expected.
+"""How a study ends: a summary of numbers, figures and tables, and whether they are as expected.
 
 A study is a folder of `experiments/`: `run.sh` trains and measures, `plot.py` turns the saved
-records into `summary.json` and figures, and `expected.json` says what they must show.
+records into `summary.json`, figures and the tables behind them, and `expected.json` says what they
+must show.
 """
 
 from __future__ import annotations
@@ -11,16 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from invmm.analysis.statistics import (
-    auroc,
-    image_groups,
-    memorization_order,
-    proportion,
-    tpr_at_fpr,
-)
+from invmm.analysis.separation import contrast
+from invmm.analysis.statistics import found_shares, image_groups
 from invmm.analysis.style import save_figure
 from invmm.files import write_atomically
-from invmm.results.collect import has_score, is_censored
+from invmm.results.collect import has_score, is_censored, score_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,73 +26,102 @@ _BOUNDS = ("at_least", "at_most", "value", "within")
 
 
 def read_run(run_dir: Path) -> pd.DataFrame:
-    """The score table of a finished run.
+    """The score table of a finished run, from its records.
 
     Raises:
         SystemExit: there is none; the message names the command that makes it.
     """
-    import pandas as pd
-
-    path = run_dir / "scores.parquet"
-    if not path.is_file():
+    if not (run_dir / "scores.parquet").is_file():
         raise SystemExit(
-            f"{path} is missing; `make study STUDY={run_dir.parent.name}` measures what is left"
+            f"{run_dir / 'scores.parquet'} is missing; "
+            f"`make study STUDY={run_dir.parent.name}` measures what is left"
         )
-    return pd.read_parquet(path)
+    return score_table([run_dir]).drop(columns="run")
 
 
 def found_by_group(frame: pd.DataFrame) -> dict[str, dict[str, float]]:
     """Images with a score: group -> how many, of how many measured, and the exact 95 % interval."""
-    measured = frame.loc[has_score(frame) | is_censored(frame)]
-    groups, scored = image_groups(measured), has_score(measured)
-    found = {}
-    for group in ("duplicated", "single", "held_out"):
-        share = proportion(int((scored & (groups == group)).sum()), int((groups == group).sum()))
-        found[group] = {
-            "found": share.count,
-            "of": share.total,
-            "low": round(share.low, 4),
-            "high": round(share.high, 4),
+    shares = found_shares(frame)
+    return {
+        group: {
+            "found": shares[group].count,
+            "of": shares[group].total,
+            "low": round(shares[group].low, 4),
+            "high": round(shares[group].high, 4),
         }
-    return found
+        for group in ("duplicated", "single", "held_out")
+    }
+
+
+def share_table(runs: Mapping[Any, pd.DataFrame], name: str) -> pd.DataFrame:
+    """`found_by_group` of some runs, one line a run and group.
+
+    Args:
+        runs: by what tells them apart.
+        name: the column that holds it.
+    """
+    import pandas as pd
+
+    return pd.DataFrame(
+        {name: run, "group": group, **share}
+        for run, frame in runs.items()
+        for group, share in found_by_group(frame).items()
+    )
 
 
 def separation(frame: pd.DataFrame) -> dict[str, float | None]:
-    """How well the score tells duplicated images from held-out ones.
+    """How well the score tells duplicated images from held-out ones, with 95 % intervals.
 
     The AUROC and the true-positive rate at <= 1 % false positives, with the censored ordered by
     best similarity and with all of them tied.
     """
     measured = frame.loc[has_score(frame) | is_censored(frame)]
-    groups = image_groups(measured).to_numpy()
+    groups = image_groups(measured)
+    sides = groups == "duplicated", groups == "held_out"
     values = {}
     for suffix, tie_break in (("", True), ("_score_alone", False)):
-        order = memorization_order(measured, tie_break=tie_break)
-        duplicated, held_out = order[groups == "duplicated"], order[groups == "held_out"]
-        for name, statistic in (("auroc", auroc), ("tpr_at_fpr_1", tpr_at_fpr)):
-            value = statistic(duplicated, held_out)
-            values[name + suffix] = None if value is None else round(value, 4)
+        found = contrast(measured, *sides, tie_break=tie_break)
+        for name in ("auroc", "tpr_at_fpr_1"):
+            estimate = found and getattr(found, name)
+            values[name + suffix] = rounded(estimate and estimate.value, 4)
+            values[f"{name}{suffix}_low"] = rounded(estimate and estimate.low, 4)
+            values[f"{name}{suffix}_high"] = rounded(estimate and estimate.high, 4)
     return values
 
 
+def rounded(value: float | None, digits: int = 3) -> float | None:
+    """None for what is not there."""
+    import pandas as pd
+
+    return None if value is None or pd.isna(value) else round(float(value), digits)
+
+
 def finish(
-    study: Path, results: Path, summary: Mapping[str, Any], figures: Mapping[str, Figure]
+    study: Path,
+    results: Path,
+    summary: Mapping[str, Any],
+    figures: Mapping[str, Figure],
+    tables: Mapping[str, pd.DataFrame] = {},
 ) -> int:
-    """Writes summary.json and every figure as PDF and PNG, and holds the summary to expected.json.
+    """Writes summary.json, figures and tables, and holds the summary to expected.json.
 
     Args:
         study: the folder of `experiments/` with expected.json.
-        results: where summary and figures go.
+        results: where all of them go.
         summary: nested, its leaves numbers, texts or lists.
-        figures: by file name without suffix.
+        figures: by file name without suffix, each as PDF and PNG.
+        tables: by file name without suffix, as CSV: the numbers behind the figures.
 
     Returns:
         The exit code: 0 as expected, 1 if not; every difference is printed.
     """
     results.mkdir(parents=True, exist_ok=True)
     text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(results / "summary.json", text.encode())
-    written = [results / "summary.json"]
+    contents = {"summary.json": text}
+    contents |= {f"{name}.csv": table.to_csv(index=False) for name, table in tables.items()}
+    written = [results / name for name in contents]
+    for path, content in zip(written, contents.values(), strict=True):
+        write_atomically(path, content.encode())
     for name, figure in figures.items():
         written += save_figure(figure, results / f"{name}.pdf", results / f"{name}.png")
     print(f"written: {', '.join(map(str, written))}")

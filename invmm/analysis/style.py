@@ -33,20 +33,20 @@ def one_line(text: str, width: int) -> str:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Matplotlib without a screen, in the project's style."""
+    """Matplotlib without a screen, in the project's style, whatever the user's own says."""
     import matplotlib as mpl
+    from matplotlib.style import context
 
     mpl.use("Agg")
-    with mpl.rc_context(
-        {
-            "font.size": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "figure.dpi": 120,
-            "savefig.bbox": "tight",
-            "pdf.fonttype": 42,
-        }
-    ):
+    own = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.dpi": 120,
+        "savefig.bbox": "tight",
+        "pdf.fonttype": 42,
+    }
+    with context(["default", own]):
         yield
 
 

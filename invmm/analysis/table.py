@@ -7,13 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from invmm.analysis.statistics import (
-    auroc,
-    image_groups,
-    memorization_order,
-    proportion,
-    tpr_at_fpr,
-)
+from invmm.analysis.separation import contrast
+from invmm.analysis.statistics import found_shares, image_groups, proportion
 from invmm.analysis.style import LABELS, one_line
 from invmm.engine.outcomes import Status
 from invmm.results.collect import (
@@ -26,7 +21,6 @@ from invmm.results.collect import (
 from invmm.results.records import read_replicas
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
 
 MAX_ROWS = 40
@@ -104,19 +98,15 @@ def summary(frame: pd.DataFrame) -> str:
 
 def _memorization(measured: pd.DataFrame, groups: pd.Series) -> list[str]:
     """Replicated images by group, false alarms, and both rankings."""
-    scored = has_score(measured)
     found = "p estimated for" if (measured.status == Status.ESTIMATED).any() else "replicated"
     lines = []
-    for group in LABELS:
-        mine = groups == group
-        if mine.any():
-            share = proportion(int((mine & scored).sum()), int(mine.sum()))
+    for group, share in found_shares(measured).items():
+        if share.total:
             name = "held_out (false alarms)" if group == "held_out" else group
             lines.append(f"{name}: {found} {share}")
     for tie_break in (True, False):
-        order = memorization_order(measured, tie_break=tie_break)
         how = ", score, ties broken by best similarity" if tie_break else ", score alone"
-        lines += _separation(order, groups, ("duplicated",), how)
+        lines += _separation(measured, groups, ("duplicated",), how, tie_break=tie_break)
     return lines
 
 
@@ -130,24 +120,25 @@ def _membership(scored: pd.DataFrame, groups: pd.Series) -> list[str]:
             lines.append(
                 f"{group}: median {median:.3g} (quartiles {low:.3g} to {high:.3g}) of {len(mine)}"
             )
-    order = memorization_order(scored, tie_break=False)
     for members in (("duplicated", "single"), ("duplicated",)):
-        lines += _separation(order, groups, members, "")
+        lines += _separation(scored, groups, members, "", tie_break=False)
     return lines
 
 
 def _separation(
-    order: np.ndarray, groups: pd.Series, members: Sequence[str], how: str
+    measured: pd.DataFrame, groups: pd.Series, members: Sequence[str], how: str, *, tie_break: bool
 ) -> list[str]:
-    """The line of an AUROC against held_out; none if a side is empty."""
-    positives, negatives = order[groups.isin(members)], order[groups == "held_out"]
-    value = auroc(positives, negatives)
-    if value is None:
+    """The lines of an AUROC against held_out; none if a side is empty."""
+    found = contrast(measured, groups.isin(members), groups == "held_out", tie_break=tie_break)
+    if found is None:
         return []
     name = members[0] if len(members) == 1 else "training"
+    area, rate = found.auroc, found.tpr_at_fpr_1
     return [
-        f"AUROC {name} against held_out{how}: {value:.3f} "
-        f"(true positives at <= 1 % false ones: {tpr_at_fpr(positives, negatives):.0%})"
+        f"AUROC {name} against held_out{how}: {area.value:.3f} "
+        f"(95 % interval {area.low:.2f} to {area.high:.2f})",
+        f"  true positives at <= 1 % false ones: {rate.value:.0%} "
+        f"(95 % interval {rate.low:.0%} to {rate.high:.0%})",
     ]
 
 

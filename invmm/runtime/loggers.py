@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -16,6 +19,9 @@ from invmm.results.records import read_curves, read_records
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_OF_RUN = ("curves", "gallery", "scores")
+"""Names of the tables and pictures that a run ends with."""
 
 
 @runtime_checkable
@@ -73,13 +79,14 @@ class TensorBoardLog:
 
 @dataclass(frozen=True, kw_only=True)
 class WandbLog:
-    """A Weights & Biases run with one table, the pictures and the curves.
+    """A Weights & Biases run with one table, the pictures and the curves; another of a study.
 
     Attributes:
         project: of the run.
         mode: offline writes below run_dir/wandb, to be sent later by `wandb sync`; null follows
             the environment variable WANDB_MODE, or is online without it.
-        group: runs of one study share it.
+        group: runs of one study share it; null follows the environment variable WANDB_RUN_GROUP, or
+            takes the name of the folder above the run's without it.
         name: of the run; null takes the folder's.
         tags: of the run.
     """
@@ -96,6 +103,45 @@ class WandbLog:
         Raises:
             ValueError: the package wandb is missing, or nobody is logged in.
         """
+        with self._run(run_dir, run_dir.resolve().parent.name, "run", config) as (wandb, run):
+            frame = _scores(run_dir)
+            run.log({"scores": _table(wandb, frame)})
+            run.define_metric("*", step_metric="optimiser_step")
+            for step, values in sorted(_values_by_step(run_dir).items()):
+                run.log({**values, "optimiser_step": step})
+            run.log({name: wandb.Image(picture) for name, picture in _pictures(run_dir)})
+            run.summary["images"] = len(frame)
+            run.summary["with_score"] = int(has_score(frame).sum())
+            run.summary["score_median_of_those"] = float(frame.score.median())
+
+    def publish_study(self, results: Path) -> None:
+        """Shows what a study found as one more run of its group: numbers, tables and figures.
+
+        Args:
+            results: the folder of the study; its runs lie below it, or one of them in it.
+
+        Raises:
+            ValueError: the study has no summary yet, or as of `publish`.
+        """
+        import pandas as pd
+
+        if not (results / "summary.json").is_file():
+            raise ValueError(f"{results / 'summary.json'} is missing; run the study's plot.py")
+        summary = json.loads((results / "summary.json").read_text(encoding="utf-8"))
+        others = _OF_RUN if (results / "records").is_dir() else ()
+        with self._run(results, results.name, "study", {"study": results.name}) as (wandb, run):
+            run.summary.update(summary)
+            for path in sorted(results.iterdir()):
+                if path.suffix == ".csv" and path.stem not in others:
+                    run.log({f"{path.stem}_table": _table(wandb, pd.read_csv(path))})
+                if path.suffix == ".png" and path.stem not in others:
+                    run.log({path.stem: wandb.Image(_picture(path))})
+
+    @contextmanager
+    def _run(
+        self, folder: Path, group: str, job_type: str, config: Mapping[str, Any]
+    ) -> Iterator[tuple[Any, Any]]:
+        """The package and a started run, that is finished whatever happens."""
         try:
             import wandb
         except ImportError:
@@ -106,10 +152,11 @@ class WandbLog:
             run = wandb.init(
                 project=self.project,
                 mode=self.mode,
-                group=self.group,
-                name=self.name or run_dir.name,
+                group=self.group or os.environ.get("WANDB_RUN_GROUP") or group,
+                job_type=job_type,
+                name=self.name or folder.name,
                 tags=self.tags,
-                dir=str(run_dir),
+                dir=str(folder),
                 config=dict(config),
                 settings={"quiet": True},
             )
@@ -119,16 +166,7 @@ class WandbLog:
                 "safe. Run `wandb login` or set logger.mode=offline and repeat the command"
             ) from error
         try:
-            frame = _scores(run_dir)
-            table = wandb.Table(dataframe=frame.astype(object).where(frame.notna(), None))
-            run.log({"scores": table})
-            run.define_metric("*", step_metric="optimiser_step")
-            for step, values in sorted(_values_by_step(run_dir).items()):
-                run.log({**values, "optimiser_step": step})
-            run.log({name: wandb.Image(picture) for name, picture in _pictures(run_dir)})
-            run.summary["images"] = len(frame)
-            run.summary["with_score"] = int(has_score(frame).sum())
-            run.summary["score_median_of_those"] = float(frame.score.median())
+            yield wandb, run
         finally:
             wandb.finish()
 
@@ -164,10 +202,18 @@ def _values_by_step(run_dir: Path) -> dict[int, dict[str, float]]:
 
 
 def _pictures(run_dir: Path) -> Iterator[tuple[str, np.ndarray]]:
+    for name in ("gallery", "scores"):
+        yield name, _picture(run_dir / f"{name}.png")
+
+
+def _picture(path: Path) -> np.ndarray:
     from PIL import Image
 
-    for name in ("gallery", "scores"):
-        yield name, np.array(Image.open(run_dir / f"{name}.png").convert("RGB"))
+    return np.array(Image.open(path).convert("RGB"))
+
+
+def _table(wandb: Any, frame: pd.DataFrame) -> Any:
+    return wandb.Table(dataframe=frame.astype(object).where(frame.notna(), None))
 
 
 def _scores(run_dir: Path) -> pd.DataFrame:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import roc_auc_score
 
 from invmm.analysis.statistics import (
-    auroc,
-    auroc_interval,
+    found_shares,
     image_groups,
     median_interval,
     memorization_order,
+    near_duplicate_groups,
     proportion,
     rank_correlation,
     success_curve,
-    tpr_at_fpr,
 )
 
 
@@ -54,37 +52,6 @@ def test_equal_scores_tie():
     assert order[0] == order[1]
 
 
-@pytest.mark.parametrize(
-    ("positives", "negatives", "expected"),
-    [([3, 4], [1, 2], 1.0), ([1, 2], [3, 4], 0.0), ([1, 1], [1, 1], 0.5), ([3, 1], [2, 0], 0.75),
-     ([2, 1], [1, 0], 0.875)],
-)  # fmt: skip
-def test_auroc_counts_pairs_and_half_ties(positives, negatives, expected):
-    assert auroc(np.array(positives), np.array(negatives)) == expected
-
-
-def test_auroc_is_that_of_scikit_learn():
-    generator = np.random.default_rng(0)
-    positives, negatives = generator.integers(0, 9, 40), generator.integers(0, 6, 70)
-    labels = np.repeat([1, 0], [40, 70])
-    expected = roc_auc_score(labels, np.concatenate([positives, negatives]))
-    assert auroc(positives, negatives) == pytest.approx(expected, abs=1e-12)
-
-
-def test_auroc_of_nothing_is_nothing():
-    assert auroc(np.array([]), np.array([1.0])) is None
-    assert tpr_at_fpr(np.array([1.0]), np.array([])) is None
-
-
-def test_tpr_stays_at_or_below_the_false_positive_rate():
-    negatives = np.arange(100.0)  # 1 % is exactly one of them, the 99
-    assert tpr_at_fpr(np.array([99.5, 98.5, 97.5, 0.0]), negatives) == 0.5
-    # few negatives: not one false positive is allowed
-    assert tpr_at_fpr(np.array([5.0, 3.0, 1.0]), np.array([4.0, 2.0])) == pytest.approx(1 / 3)
-    # a positive tied with the highest negative cannot be had without it
-    assert tpr_at_fpr(np.array([5.0, 4.0]), np.array([4.0, 2.0])) == 0.5
-
-
 def test_exact_intervals():
     none = proportion(0, 10)
     assert none.low == 0
@@ -108,6 +75,23 @@ def test_groups_follow_the_copies_then_the_split():
     ]  # fmt: skip
 
 
+def test_shares_are_of_the_measured_images_of_each_group():
+    frame = scores(
+        ("REPLICATED", 0.1, 0.9), ("NOT_REPLICATED", None, 0.3), ("FAILED", None, None),
+        ("SCORED", 2.0, None), ("CENSORED", None, 0.1), ("DIVERGED", None, None),
+    ).assign(split="train", copies=pd.array([4, 2, 8, 0, 0, 1], dtype="Int64"))  # fmt: skip
+    found = {group: (share.count, share.total) for group, share in found_shares(frame).items()}
+    assert found == {
+        "duplicated": (1, 2), "single": (0, 0), "held_out": (1, 2), "unknown": (0, 0),
+    }  # fmt: skip
+
+
+def test_an_image_that_is_like_no_other_is_its_own_group():
+    groups = pd.array(["b", None, "b"], dtype="string")
+    frame = pd.DataFrame({"image_id": ["a", "c", "b"], "near_duplicate_group": groups})
+    assert near_duplicate_groups(frame).tolist() == ["b", "c", "b"]
+
+
 # Bootstrap ----------------------------------------------------------------------------------------
 
 
@@ -118,14 +102,6 @@ def test_the_median_of_three_by_enumeration():
     assert str(found) == "2 (95 % interval 1 to 5)"
 
 
-def test_an_auroc_of_four_images_by_enumeration():
-    """3 and 1 against 2 and 0: 1/16 of the resamples have 0, 5/16 or more have 1."""
-    found = auroc_interval(np.array([3.0, 1.0]), np.array([2.0, 0.0]))
-    assert (found.value, found.low, found.high) == (0.75, 0, 1)
-    every_tie = auroc_interval(np.ones(3), np.ones(4))
-    assert (every_tie.value, every_tie.low, every_tie.high) == (0.5, 0.5, 0.5)
-
-
 def test_images_of_a_duplicate_group_are_drawn_together():
     """Groups {1, 1, 9} and {5}: the medians are 1, 5, or 3 of both together."""
     found = median_interval(np.array([1.0, 5.0, 9.0, 1.0]), np.array(["a", "b", "a", "a"]))
@@ -134,14 +110,6 @@ def test_images_of_a_duplicate_group_are_drawn_together():
     assert median_interval(np.repeat(unique, 9), np.repeat(np.arange(8), 9)) == median_interval(
         unique
     )
-    copies = (np.repeat(np.arange(4), 5), np.repeat(np.arange(4), 5))
-    sides = unique[::2], unique[1::2]
-    repeated = (np.repeat(sides[0], 5), np.repeat(sides[1], 5))
-    assert auroc_interval(*repeated, copies) == auroc_interval(*sides)
-    # as if they were forty images, one is surer than one should be
-    alone = auroc_interval(*repeated)
-    together = auroc_interval(*repeated, copies)
-    assert together.high - together.low > 1.5 * (alone.high - alone.low)
 
 
 def test_the_interval_of_a_median_covers_it():
@@ -155,7 +123,6 @@ def test_the_interval_of_a_median_covers_it():
 def test_one_group_says_nothing_about_spread():
     assert median_interval(np.array([1.0, 2.0]), np.array([7, 7])) is None
     assert median_interval(np.array([])) is None
-    assert auroc_interval(np.array([1.0]), np.array([1.0, 2.0])) is None
 
 
 # Censoring ----------------------------------------------------------------------------------------

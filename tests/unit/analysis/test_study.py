@@ -8,9 +8,18 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+import written
 
-from invmm.analysis.study import finish, found_by_group, read_run, separation, unexpected
+from invmm.analysis.study import (
+    finish,
+    found_by_group,
+    read_run,
+    separation,
+    share_table,
+    unexpected,
+)
 from invmm.analysis.style import style
+from invmm.results.collect import collect
 
 
 @pytest.mark.parametrize(
@@ -50,6 +59,8 @@ def test_a_bound_that_means_nothing_is_refused(bounds):
 def test_groups_and_separation_by_hand():
     frame = pd.DataFrame(
         {
+            "image_id": list("abcde"),
+            "near_duplicate_group": pd.array([None] * 5, dtype="string"),
             "status": ["REPLICATED", "REPLICATED", "NOT_REPLICATED", "NOT_REPLICATED", "FAILED"],
             "score": [0.1, 0.3, None, None, None],
             "best_similarity": [0.9, 0.6, 0.4, 0.3, None],
@@ -65,13 +76,20 @@ def test_groups_and_separation_by_hand():
     values = separation(frame)
     assert values["auroc"] == pytest.approx(3 / 4)
     assert values["auroc_score_alone"] == pytest.approx(2.5 / 4)
+    assert (values["tpr_at_fpr_1"], values["tpr_at_fpr_1_low"]) == (0.5, 0)
+    assert values["auroc_low"] < 3 / 4 < values["auroc_high"]
+    shares = share_table({"one": frame, "none": frame[:0]}, "run")
+    assert shares.shape == (6, 6)
+    assert shares.iloc[0].to_dict() == {"run": "one", "group": "duplicated", **found["duplicated"]}
+    assert separation(frame[:0]) == dict.fromkeys(values)
 
 
 def test_a_study_ends_with_its_numbers_and_the_same_figures(tmp_path, capsys):
     (tmp_path / "expected.json").write_text(json.dumps({"p": {"value": 1, "within": 0.5}}))
     written = [figures_of(tmp_path, tmp_path / name, {"p": 1.25}) for name in ("one", "two")]
     assert written[0] == written[1]
-    assert {name.suffix for name in map(Path, written[0])} == {".pdf", ".png", ".json"}
+    assert {name.suffix for name in map(Path, written[0])} == {".csv", ".json", ".pdf", ".png"}
+    assert written[0]["line.csv"] == b"x,p\n0,0.5\n1,\n"
     assert "as expected: 1 figures" in capsys.readouterr().out
 
 
@@ -86,10 +104,20 @@ def test_a_missing_run_names_the_command(tmp_path):
         read_run(tmp_path / "mine" / "caption")
 
 
+def test_a_run_is_what_its_records_say(tmp_path):
+    run_dir = written.write_run(tmp_path)
+    collect(run_dir)
+    assert read_run(run_dir).score.min() == 0.02
+    (record,) = run_dir.glob("records/many-*/record.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"score": 0.01}))
+    assert read_run(run_dir).score.min() == 0.01
+
+
 def figures_of(study: Path, results: Path, summary: dict[str, float]) -> dict[str, bytes]:
     with style():
         figure, axis = plt.subplots()
         axis.plot([0, 1], [0, 1], label="p")
         axis.legend()
-        assert finish(study, results, summary, {"line": figure}) == 0
+        table = pd.DataFrame({"x": [0, 1], "p": [0.5, None]})
+        assert finish(study, results, summary, {"line": figure}, {"line": table}) == 0
     return {file.name: file.read_bytes() for file in sorted(results.iterdir())}

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import written
+from PIL import Image
 
 from invmm.analysis.report import report
 from invmm.engine.outcomes import Status
 from invmm.results.run_folder import RunFolder
 from invmm.runtime.loggers import CsvLog, RunLog, TensorBoardLog, WandbLog
+
+PUBLISH = Path(__file__).parents[3] / "experiments" / "publish.py"
 
 
 @pytest.fixture
@@ -20,6 +25,18 @@ def run_dir(tmp_path):
     path = written.write_run(tmp_path / "run")
     report(path)
     return path
+
+
+@pytest.fixture
+def study(tmp_path):
+    """What a study left: a run, its summary, a table, two figures."""
+    place = tmp_path / "results" / "study"
+    report(written.write_run(place / "counted"))
+    (place / "summary.json").write_text('{"caption": {"auroc": 0.75, "low": null}}')
+    (place / "shares.csv").write_text("copies,share\n2,0.5\n4,\n")
+    for name in ("shares", "scores"):
+        Image.new("RGB", (6, 8)).save(place / f"{name}.png")
+    return place
 
 
 def test_csv_holds_every_curve_with_its_steps(run_dir):
@@ -122,22 +139,96 @@ def test_wandb_is_finished_even_if_it_fails(run_dir, fake_wandb):
     assert fake_wandb.finished == 1
 
 
-@pytest.mark.parametrize(("mode", "environment"), [("offline", None), (None, "offline")])
-def test_wandb_really_writes_offline(run_dir, monkeypatch, mode, environment):
+@pytest.mark.parametrize(
+    ("group", "environment", "expected"),
+    [("mine", "theirs", "mine"), (None, "theirs", "theirs"), (None, None, "study")],
+)
+def test_runs_of_a_study_share_a_group(
+    study, fake_wandb, monkeypatch, group, environment, expected
+):
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    if environment:
+        monkeypatch.setenv("WANDB_RUN_GROUP", environment)
+    log = WandbLog(group=group, mode="offline")
+    log.publish(study / "counted", written.CONFIG)
+    assert (fake_wandb.options["group"], fake_wandb.options["job_type"]) == (expected, "run")
+    log.publish_study(study)
+    assert (fake_wandb.options["group"], fake_wandb.options["job_type"]) == (expected, "study")
+    monkeypatch.chdir(study / "counted")
+    log.publish(Path("."), {})
+    assert fake_wandb.options["group"] == expected
+
+
+def test_what_a_study_found_is_a_run_too(study, fake_wandb):
+    WandbLog(mode="offline").publish_study(study)
+    assert fake_wandb.options["name"] == "study"
+    assert fake_wandb.run.summary == {"caption": {"auroc": 0.75, "low": None}}
+    logged = {name: value for values in fake_wandb.run.logged for name, value in values.items()}
+    assert logged.keys() == {"shares", "shares_table", "scores"}
+    assert logged["shares_table"].to_dict("records") == [
+        {"copies": 2, "share": 0.5}, {"copies": 4, "share": None},
+    ]  # fmt: skip
+    assert logged["shares"] == (8, 6, 3)
+    assert fake_wandb.finished == 1
+
+
+def test_a_study_in_the_folder_of_a_run_shows_its_own(run_dir, fake_wandb):
+    CsvLog().publish(run_dir, {})
+    (run_dir / "summary.json").write_text("{}")
+    (run_dir / "demo.csv").write_text("p\n1\n")
+    WandbLog(mode="offline").publish_study(run_dir)
+    assert [list(values) for values in fake_wandb.run.logged] == [["demo_table"]]
+
+
+def test_a_study_without_a_summary_names_the_cure(tmp_path, fake_wandb):
+    with pytest.raises(ValueError, match=r"summary\.json is missing; run the study's plot\.py"):
+        WandbLog(mode="offline").publish_study(tmp_path)
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """W&B with all its files in the test's folder; it reads the environment once a process."""
     import wandb
 
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(run_dir / "config"))
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(run_dir / "cache"))
-    monkeypatch.setenv("WANDB_DATA_DIR", str(run_dir / "data"))
+    for name in ("CONFIG", "CACHE", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
+    wandb.teardown()
+    return wandb
+
+
+def stored_by(wandb, folder: Path) -> Path:
+    """The one run below a folder; W&B writes the last bytes when its service ends."""
+    assert wandb.run is None
+    wandb.teardown()
+    (stored,) = (folder / "wandb").glob("offline-run-*")
+    assert next(stored.glob("run-*.wandb")).stat().st_size > 1000
+    return stored
+
+
+def test_the_study_is_really_written_offline(study, offline):
+    """By the command that `make study` calls."""
+    command = [sys.executable, str(PUBLISH), "study", "logger=wandb", "logger.mode=offline"]
+    subprocess.run(command, cwd=study.parent.parent, check=True)
+    stored = stored_by(offline, study)
+    (table,) = (stored / "files" / "media" / "table").glob("shares_table_*.table.json")
+    assert json.loads(table.read_text())["data"] == [[2, 0.5], [4, None]]
+    assert len(list((stored / "files" / "media" / "images").glob("*.png"))) == 2
+
+
+def test_a_faulty_logger_is_named(study):
+    command = [sys.executable, str(PUBLISH), "study", "logger=wandb", "logger.mod=offline"]
+    done = subprocess.run(command, cwd=study.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "logger.mod=offline is not a key; did you mean mode?" in done.stderr
+
+
+@pytest.mark.parametrize(("mode", "environment"), [("offline", None), (None, "offline")])
+def test_wandb_really_writes_offline(run_dir, monkeypatch, mode, environment, offline):
     if environment:
         monkeypatch.setenv("WANDB_MODE", environment)
-    wandb.teardown()  # it reads the environment once a process
     WandbLog(mode=mode).publish(run_dir, written.CONFIG)
-    assert wandb.run is None
-    wandb.teardown()  # its service writes the last bytes when it ends, as at a process's end
-    (stored,) = (run_dir / "wandb").glob("offline-run-*")
-    assert next(stored.glob("run-*.wandb")).stat().st_size > 1000
+    stored = stored_by(offline, run_dir)
     (table,) = (stored / "files" / "media" / "table").glob("scores_*.table.json")
     content = json.loads(table.read_text())
     assert len(content["data"]) == 6

@@ -1,0 +1,196 @@
+"""The plots of the studies, on records written by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import written
+
+from invmm.analysis import study as study_module
+from invmm.engine.outcomes import Evaluations, Outcome, Status
+from invmm.results.collect import collect
+from invmm.results.run_folder import RunFolder
+
+EXPERIMENTS = Path(__file__).parents[3] / "experiments"
+ICONS = [(copies, twin) for copies in (32, 16, 8, 4, 2, 1, 0) for twin in (0, 1)]
+FREE_SAMPLES = 1000
+DRAW = """
+import runpy, sys
+for plot in sys.argv[1:]:
+    try:
+        runpy.run_path(plot, run_name="__main__")
+    except SystemExit as end:
+        assert end.code in (0, 1), end  # the numbers of these records are not expected
+"""
+
+
+def counted(copies: int, twin: int) -> Outcome:
+    """Twins share their replicas; those of the most copies are the likeliest."""
+    count = 2 * copies
+    log_p = math.log(count / FREE_SAMPLES) if count else None
+    return written.outcome(
+        Status.ESTIMATED if count else Status.CENSORED,
+        score=None if log_p is None else -log_p / 48,
+        similarity=0.3 + copies / 64 + twin / 100,
+        tensors={"replicas": torch.arange(100 * copies % 900, 100 * copies % 900 + count)},
+        columns={
+            "log_p": log_p,
+            "log_p_low": None if log_p is None else log_p - 0.5,
+            "log_p_high": math.log(0.0037) if log_p is None else log_p + 0.5,
+            "one_in": None if log_p is None else math.exp(-log_p),
+            "count": count,
+            "num_free_samples": FREE_SAMPLES,
+        },
+    )
+
+
+def found(copies: int, twin: int) -> Outcome:
+    """An inversion that finds what has more than two copies."""
+    if copies <= 2:
+        return written.outcome(
+            Status.NOT_REPLICATED,
+            similarity=0.2 + copies / 10 + twin / 100,
+            evaluations=Evaluations(forward=600, backward=100),
+            columns={"guidance_scale": None, "prompt": "a word", "log_p_certified": None},
+        )
+    return written.outcome(
+        Status.REPLICATED,
+        score=(1 + twin) / copies,
+        similarity=0.9,
+        evaluations=Evaluations(forward=2000 // copies, backward=100 * twin),
+        columns={"guidance_scale": 3.0, "prompt": "a word", "log_p_certified": -9.0},
+    )
+
+
+def scored(copies: int, twin: int) -> Outcome:
+    return Outcome(status=Status.SCORED, score=1 / (1 + copies) + twin / 10)
+
+
+def runs_of(study: str) -> dict[str, Callable[[int, int], Outcome]]:
+    """Folder below results/ -> what each icon gave there."""
+    if study == "demo":
+        names = {"": found, "counted": counted, "split": counted}
+    elif study == "text_demo":
+        names = dict.fromkeys(("caption", "empty", "learned"), found)
+    elif study == "membership":
+        names = {"counted": counted, "trajectory": found, "adaptive": found}
+        names |= dict.fromkeys(("denoising_loss", "secmi", "pia", "pian"), scored)
+    elif study == "training_steps":
+        names = {
+            f"{name}_{step:06d}": outcome
+            for step in (100, 200)
+            for name, outcome in (("counted", counted), ("trajectory", found), ("adaptive", found))
+        }
+    elif study == "calibration":
+        names = {"counted": counted, "splitting": counted, "trajectory": found, "published": found}
+        names |= dict.fromkeys(("published_seed_1", "published_seed_2"), found)
+    else:
+        lines = (EXPERIMENTS / study / "run.sh").read_text().splitlines()
+        names = {line.split()[1]: found for line in lines if line.startswith("variant ")}
+        names |= {"counted": counted}
+    return {f"{study}/{name}": outcome for name, outcome in names.items()}
+
+
+STUDIES = ("ablation", "calibration", "demo", "membership", "text_demo", "training_steps")
+
+
+def write_study(results: Path, study: str) -> None:
+    for name, outcome in runs_of(study).items():
+        with RunFolder.open(results / name, config={}, digest="d") as folder:
+            if outcome is counted:
+                folder.bank_block(0).parent.mkdir()
+            for copies, twin in ICONS:
+                icon = written.entry(f"{copies}-{twin}", copies, f"icon of {copies}")
+                written.write(folder, icon, outcome(copies, twin))
+        collect(results / name)
+    if study == "training_steps":
+        for step in (100, 200):
+            (results / study / "model" / f"step_{step:06d}").mkdir(parents=True)
+
+
+def drawn_in(folder: Path, **environment: str) -> dict[str, bytes]:
+    """What all plots write in a working folder, in a process of its own."""
+    plots = [str(EXPERIMENTS / study / "plot.py") for study in STUDIES]
+    command = [sys.executable, "-W", "error::UserWarning", "-c", DRAW, *plots]
+    before = set(folder.rglob("*.*"))
+    subprocess.run(command, cwd=folder, env=os.environ | environment, check=True)
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(set(folder.rglob("*.*")) - before)
+    }
+
+
+@pytest.mark.slow
+def test_all_figures_tables_and_numbers_come_out_alike_anywhere(tmp_path):
+    """In another folder, with another order of sets, and under a matplotlibrc of the user's."""
+    for study in STUDIES:
+        write_study(tmp_path / "here" / "results", study)
+    shutil.copytree(tmp_path / "here", tmp_path / "else" / "where")
+    (tmp_path / "else" / "where" / "matplotlibrc").write_text("font.size: 30\nlines.linewidth: 9\n")
+    here = drawn_in(tmp_path / "here", PYTHONHASHSEED="1")
+    elsewhere = drawn_in(tmp_path / "else" / "where", PYTHONHASHSEED="2")
+    assert here.keys() == elsewhere.keys()
+    assert [name for name in here if here[name] != elsewhere[name]] == []
+    for study in STUDIES:
+        mine = {Path(name) for name in here if Path(name).parts[1] == study}
+        kinds = [path.suffix for path in mine]
+        assert {".json", ".pdf", ".png", ".csv"} == set(kinds), study
+        assert kinds.count(".pdf") == kinds.count(".png") <= kinds.count(".csv")
+
+
+@pytest.mark.parametrize("study", ["demo", "text_demo"])
+def test_a_changed_record_fails_the_study(study, tmp_path, monkeypatch, capsys):
+    """By the very names that its expected.json holds, at the values of these records."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study_module, "save_figure", lambda figure, *paths: paths)
+    write_study(tmp_path / "results", study)
+    shutil.copytree(EXPERIMENTS / study, tmp_path / study)
+    expected = tmp_path / study / "expected.json"
+    names = list(json.loads(expected.read_text()))
+    expected.write_text("{}")
+    assert code_of(tmp_path / study / "plot.py") == 0
+    summary = json.loads((tmp_path / "results" / study / "summary.json").read_text())
+    values = {}
+    for name in names:
+        value = summary
+        for key in name.split("."):
+            value = value[key]
+        values[name] = {"value": value, "within": 1e-9}
+    expected.write_text(json.dumps(values))
+    assert code_of(tmp_path / study / "plot.py") == 0
+    capsys.readouterr()
+    run = tmp_path / "results" / study / ("caption" if study == "text_demo" else "")
+    (record,) = run.glob("records/32-0-*/record.json")
+    content = json.loads(record.read_text()) | {"status": "NOT_REPLICATED", "score": None}
+    record.write_text(json.dumps(content))
+    assert code_of(tmp_path / study / "plot.py") == 1
+    assert "found.duplicated.found is 7, not in [8, 8]" in capsys.readouterr().out
+
+
+def test_no_plot_needs_torch():
+    """So that figures are drawn anew in seconds, wherever the records are."""
+    load = """
+import runpy, sys
+for plot in sys.argv[1:]:
+    runpy.run_path(plot, run_name="plot")
+    assert "torch" not in sys.modules, plot
+"""
+    plots = sorted(map(str, EXPERIMENTS.glob("*/plot.py")))
+    assert len(plots) >= len(STUDIES)
+    subprocess.run([sys.executable, "-c", load, *plots], check=True)
+
+
+def code_of(plot: Path) -> int:
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(plot), run_name="__main__")
+    return end.value.code
