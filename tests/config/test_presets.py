@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from importlib.resources import files
 
 import pytest
@@ -13,8 +15,10 @@ from hydra.errors import HydraException
 from invmm.cli import measure, threshold, train
 from invmm.cli.compose import compose_job, groups
 from invmm.cli.estimate import Plan
+from invmm.data.openmoji import OpenMoji
 from invmm.engine.outcomes import CostRange, Evaluations
 from invmm.inversion.controllers import AdaptiveKLWeight, FixedKLWeight
+from invmm.models.auto import AutoModel
 from invmm.models.cost import CallCost
 from invmm.replication.sscd import SscdTorchScript
 
@@ -28,8 +32,12 @@ TRAINED = {
     ("experiment", "calibration_model"),
     ("experiment", "text_demo_model"),
     ("experiment", "training_steps_model"),
+    ("experiment", "duplication_model"),
+    ("experiment", "duplication_cifar10_model"),
 }
 OWN_NEEDS = {
+    ("experiment", "duplication_cifar10_model"): ["dataset=folder"],
+    ("measurement", "replay"): ["measurement.source=source"],
     ("replication", "sscd_torchscript"): ["replication.similarity.path=sscd.pt"],
     ("sampler", "flow_euler"): ["prompt=empty"],
     ("sampler", "flow_heun"): ["prompt=empty"],
@@ -49,6 +57,14 @@ FULL_SCALE = {
     ("experiment", "paper_sd21"): [],
     ("experiment", "paper_sd35"): [],
     ("experiment", "sdxl"): [],
+    ("experiment", "duplication_cifar10"): ["model.path=google/ddpm-cifar10-32"],
+    ("experiment", "training_steps_cifar10"): ["model.path=google/ddpm-cifar10-32"],
+    ("experiment", "membership_cifar10"): ["model.path=google/ddpm-cifar10-32"],
+    ("experiment", "membership_celebahq"): [],
+    ("experiment", "membership_laion"): [],
+    ("experiment", "sampling_cifar10"): [],
+    ("experiment", "sampling_celebahq"): [],
+    ("experiment", "sampling_laion"): [],
 }
 """Presets that name their own model, and what else their command needs."""
 OWN_MODEL = {
@@ -77,6 +93,15 @@ def model_for(model, saved_pipeline):
         return saved_pipeline(family) if family else model
 
     return path
+
+
+@pytest.fixture(autouse=True)
+def source(model, tmp_path):
+    """What is left of a search of the model, for presets that start from one."""
+    inputs = {"model": AutoModel(path=str(model)).fingerprint()}
+    manifest = {"inputs": inputs, "config": {"measurement": 1, "inversion": 1}, "config_digest": ""}
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "manifest.json").write_text(json.dumps(manifest))
 
 
 def overrides_for(group, option, model, images):
@@ -207,6 +232,22 @@ def test_the_published_experiments(option, expected, no_hub):
     assert not replication.early_exit
 
 
+@pytest.mark.parametrize(("option", "paper", "own"), [
+    ("duplication_cifar10", "paper_cifar10", {"model", "dataset"}),
+    ("training_steps_cifar10", "paper_cifar10", {"model", "dataset"}),
+    ("membership_cifar10", "paper_cifar10", {"model", "dataset"}),
+    ("membership_celebahq", "paper_celebahq", {"dataset"}),
+    ("membership_laion", "paper_sd14", {"prompt", "dataset"}),
+    ("sampling_cifar10", "paper_cifar10", {"measurement"}),
+    ("sampling_celebahq", "paper_celebahq", {"measurement"}),
+    ("sampling_laion", "paper_sd14", {"measurement", "prompt", "sampler"}),
+])  # fmt: skip
+def test_a_study_at_full_scale_has_the_published_settings_but_its_own(option, paper, own):
+    study, published = (compose_job("measure", [f"experiment={x}"], []) for x in (option, paper))
+    assert {key for key in study if study[key] != published[key]} == {*own, "out"}
+    assert study["out"] == f"results/{option}"
+
+
 def test_a_machine_without_the_hub_is_told_what_is_assumed(no_hub, capsys):
     assert measure.COMMAND.run(["experiment=paper_celebahq", "dry_run=true"]) == 0
     facts = capsys.readouterr().out
@@ -254,6 +295,17 @@ def test_the_default_says_what_early_exits_save(inputs, capsys):
     assert "hours at a sustained 0.001 TFLOP/s" in facts
 
 
+def test_what_all_images_share_is_planned_once(inputs, capsys):
+    overrides = [*inputs, "sampler.num_inference_steps=20", "dry_run=true"]
+    sampling = ["measurement=free_sampling", "measurement.num_samples=100"]
+    assert measure.COMMAND.run([*overrides, *sampling]) == 0
+    facts = capsys.readouterr().out
+    images = int(re.search(r"images: (\d+) of", facts).group(1))
+    assert "evaluations of an image, at most: 160 forward" in facts  # 8 pictures, 20 steps
+    assert "evaluations of what all images share: 2,000 forward" in facts
+    assert f"evaluations in all, at most: {2000 + 160 * images:,} forward" in facts
+
+
 def test_a_million_images_on_many_devices_are_planned():
     cost = CostRange(
         fewest=Evaluations(forward=10, backward=5), most=Evaluations(forward=60, backward=40)
@@ -280,6 +332,21 @@ def test_a_training_counts_its_copies(every_icon, capsys):
     assert train.COMMAND.run(["experiment=demo_model", "dry_run=true"]) == 0
     # 64 icons, twelve of them with 136 copies together
     assert "training images: 64, 188 with copies" in capsys.readouterr().out
+
+
+def test_the_duplication_study_measures_what_its_models_were_trained_on(every_icon):
+    def opened(config_name, *overrides):
+        node = compose_job(config_name, overrides, [])["dataset"]
+        return OpenMoji(**{key: value for key, value in node.items() if key != "_target_"}).open(16)
+
+    trained = [opened("train", "experiment=duplication_model", f"seed={seed}") for seed in (1, 2)]
+    measured = opened("measure", "experiment=duplication", "dataset.seed=1")
+    assert measured.everything == trained[0].everything
+    assert measured.everything != trained[1].everything
+    six = dict.fromkeys((2, 4, 8, 16, 32, 64), 6)
+    assert Counter(icon.copies for icon in measured.everything) == {0: 64, 1: 28, **six}
+    three = dict.fromkeys((0, 1, 2, 4, 8, 16, 32, 64), 3)
+    assert Counter(icon.copies for icon in measured.entries) == three
 
 
 def test_the_threshold_dry_runs(images, capsys):
