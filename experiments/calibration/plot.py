@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from invmm.analysis.statistics import image_groups, rank_correlation
-from invmm.analysis.study import finish, found_by_group, read_run
+from invmm.analysis.study import finish, found_by_group, read_run, rounded
 from invmm.analysis.style import COLOURS, LABELS, style
 from invmm.probability.certificate import bernoulli_divergence, tightness
 
@@ -38,14 +38,16 @@ def main() -> int:
         "trajectory": of_inversion(runs["trajectory"], counted)
         | of_certificate(runs["trajectory"]),
         "published": of_inversion(runs["published"], counted) | {"between_seeds": between(seeds)},
-        "trajectory_against_published": compared(runs["trajectory"], runs["published"]),
+        "trajectory_against_published": compared("trajectory", runs, counted),
+        "splitting_against_published": compared("splitting", runs, counted),
     }
     with style():
         figures = {
             "probability": probability_figure(runs["splitting"]),
             "score": score_figure(runs["published"], runs["trajectory"]),
         }
-        return finish(STUDY, RESULTS, summary, figures)
+        tables = {"probability": probability_table(runs["splitting"]), "score": score_table(runs)}
+        return finish(STUDY, RESULTS, summary, figures, tables)
 
 
 def against(counted: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
@@ -86,7 +88,7 @@ def of_splitting(frame: pd.DataFrame, counted: pd.DataFrame) -> dict[str, object
         "estimated": len(estimated),
         "error_median": rounded(errors.median()),
         "error_largest": rounded(errors.max()),
-        "error_within_0.7": rounded((errors <= 0.7).sum() / len(known)),
+        "share_within_0_7_nats": rounded((errors <= 0.7).sum() / len(known)),
         "intervals_overlap": rounded(overlap.mean()),
         "spearman_countable": rounded(rank_correlation(estimated, counted, tie_break=True)),
         "spearman_seen": rounded(rank_correlation(seen, counted, tie_break=True)),
@@ -130,19 +132,32 @@ def of_certificate(frame: pd.DataFrame) -> dict[str, object]:
     }
 
 
-def compared(ours: pd.DataFrame, published: pd.DataFrame) -> dict[str, object]:
-    """Icons that both inversions found."""
-    both = ours.merge(published, on="image_id", suffixes=("", "_published"))
+def compared(name: str, runs: dict[str, pd.DataFrame], counted: pd.DataFrame) -> dict[str, object]:
+    """A run and the published inversion, on the icons that both measured."""
+    both = runs[name].merge(runs["published"], on="image_id", suffixes=("", "_published"))
     scored = both.loc[both.score.notna() & both.score_published.notna()]
+    countable = both.loc[both.counted_log_p >= np.log(COUNTABLE), "image_id"]
+    ranks = {
+        key: rank_correlation(
+            runs[run].loc[runs[run].image_id.isin(countable)], counted, tie_break=True
+        )
+        for key, run in (("", name), ("_published", "published"))
+    }
     return {
+        "both_measured": len(both),
         "both_found": len(scored),
-        "times_tighter_median": rounded((scored.score_published / scored.score).median(), 1),
+        "times_lower_median": rounded((scored.score_published / scored.score).median(), 1),
         "evaluations_ratio_median": rounded(
             (both.evaluations / both.evaluations_published).median(), 2
         ),
         "seconds_ratio_median": rounded(
             (both.busy_seconds / both.busy_seconds_published).median(), 2
         ),
+        "seconds_ratio_of_all": rounded(
+            both.busy_seconds.sum() / both.busy_seconds_published.sum(), 2
+        ),
+        "countable": len(countable),
+        **{f"spearman_with_p{key}": rounded(value) for key, value in ranks.items()},
     }
 
 
@@ -160,6 +175,20 @@ def cost(frame: pd.DataFrame) -> dict[str, float | None]:
         "evaluations_largest": float(frame.evaluations.max()),
         "seconds_median": rounded(frame.busy_seconds.median(), 1),
     }
+
+
+def probability_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Both probabilities of each icon, their logarithms with 95 % intervals."""
+    ends = ["log_p", "log_p_low", "log_p_high"]
+    columns = ["image_id", "copies", *(f"counted_{end}" for end in ends), *ends]
+    return frame.loc[:, columns]
+
+
+def score_table(runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Scores of both inversions beside the counts, one line an icon and inversion."""
+    columns = ["image_id", "copies", "counted_log_p", "status", "score"]
+    names = ("published", "trajectory")
+    return pd.concat(runs[name][columns].assign(inversion=name) for name in names)
 
 
 def probability_figure(frame: pd.DataFrame) -> Figure:
@@ -221,11 +250,6 @@ def score_figure(published: pd.DataFrame, ours: pd.DataFrame) -> Figure:
     axis.set_ylabel("score, nats per latent dimension")
     axis.legend(frameon=False, fontsize=7)
     return figure
-
-
-def rounded(value: float | None, digits: int = 3) -> float | None:
-    """None for what is not there."""
-    return None if value is None or pd.isna(value) else round(float(value), digits)
 
 
 if __name__ == "__main__":
