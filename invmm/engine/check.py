@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,20 +13,24 @@ from invmm.diffusion.guidance import Condition
 from invmm.engine.protocols import Setting, Target
 from invmm.engine.requests import Embed, Sample, draw_seeds
 
+_ROUNDING = 1e-9
+
 
 @dataclass(frozen=True, eq=False)
 class Check:
     """What one check saw, at the guidance scale that decided it.
 
     Attributes:
-        similarities: (n,) of the samples drawn; n < num_samples if one of them already failed.
+        similarities: (n,) of the samples drawn; fewer than it was given noises if those decided.
         pixels: (n, 3, H, W) the samples.
-        passed: all num_samples replicate.
+        replicas: how many of them are.
+        passed: enough of all noises replicate.
         guidance_scale: the first that passed; if none did, the one that came closest.
     """
 
     similarities: Tensor
     pixels: Tensor
+    replicas: int
     passed: bool
     guidance_scale: float
 
@@ -33,6 +38,11 @@ class Check:
     def best(self) -> float:
         """The highest similarity seen."""
         return self.similarities.max().item()
+
+    @property
+    def rate(self) -> float:
+        """Share of the samples drawn that replicate."""
+        return self.replicas / len(self.similarities)
 
 
 async def check_replication(
@@ -42,26 +52,74 @@ async def check_replication(
     setting: Setting,
     rng: torch.Generator,
     *,
-    first_scale: float | None = None,
+    guidance_scales: Sequence[float],
+    lowest_rate: float = 1.0,
 ) -> Check:
     """Samples from the given noises and compares with the target, at each guidance scale.
 
     Args:
-        noise: (num_samples, C, H, W), all of them drawn beforehand so that an early exit
-            consumes the same randomness as a full check.
-        condition: num_samples rows that belong to the noises, or None.
+        noise: (n, C, H, W), all of them drawn beforehand so that an early exit consumes the same
+            randomness as a full check.
+        condition: n rows that belong to the noises, or None.
         target: the image.
         setting: sampler and criterion.
         rng: for samplers that draw noise of their own.
-        first_scale: the guidance scale that came closest before; it is tried first.
+        guidance_scales: in the order in which they are tried.
+        lowest_rate: share of the noises that must replicate, in (0, 1].
     """
     seeds = draw_seeds(len(noise), setting.sampler, rng)
+    most_failures = deciding_failures(len(noise), lowest_rate) - 1
     checks: list[Check] = []
-    for scale in sorted(setting.sampler.guidance_scales, key=lambda scale: scale != first_scale):
-        checks.append(await _check_at(scale, noise, condition, seeds, target, setting))
+    for scale in guidance_scales:
+        checks.append(
+            await _check_at(scale, noise, condition, seeds, target, setting, most_failures)
+        )
         if checks[-1].passed and setting.criterion.early_exit:
             break
-    return next((c for c in checks if c.passed), max(checks, key=lambda check: check.best))
+
+    def closeness(check: Check) -> tuple[float, float]:
+        # Where a single failure decides, the rate among so few says nothing.
+        return (check.rate if most_failures else 0.0, check.best)
+
+    return next((check for check in checks if check.passed), max(checks, key=closeness))
+
+
+async def compare(
+    noise: Tensor,
+    condition: Condition | None,
+    seeds: tuple[int, ...] | None,
+    target: Target,
+    setting: Setting,
+    *,
+    guidance_scale: float,
+) -> Check:
+    """Samples from all of the noises (n, C, H, W), whatever the first ones show, and compares.
+
+    Args:
+        noise: as of `check_replication`, like condition, target and setting.
+        condition: of them.
+        seeds: one a noise, for samplers that draw noise of their own.
+        target: the image.
+        setting: sampler and criterion.
+        guidance_scale: of all samples.
+    """
+    negative = target.negative_rows(len(noise))
+    latents = await Sample(noise, setting.sampler, condition, seeds, guidance_scale, negative)
+    embedding = await Embed(latents)
+    similarities = embedding.vectors @ target.embedding
+    replicas = int((similarities >= setting.criterion.threshold).sum())
+    passed = replicas == len(noise)
+    return Check(similarities, embedding.pixels, replicas, passed, guidance_scale)
+
+
+def deciding_failures(num_samples: int, lowest_rate: float) -> int:
+    """The number of samples that must fail for the rate to be out of reach; draw no fewer."""
+    return num_samples - math.ceil(lowest_rate * num_samples - _ROUNDING) + 1
+
+
+def starting_with(first: float | None, guidance_scales: Sequence[float]) -> list[float]:
+    """The scales in their order, but the one that came closest before is tried first."""
+    return sorted(guidance_scales, key=lambda scale: scale != first)
 
 
 async def _check_at(
@@ -71,34 +129,39 @@ async def _check_at(
     seeds: tuple[int, ...] | None,
     target: Target,
     setting: Setting,
+    most_failures: int,
 ) -> Check:
-    """One failure decides, so samples are drawn in rounds that only survivors reach."""
-    criterion = setting.criterion
-    similarities, pixels = [], []
-    for drawn in _rounds(len(noise), early_exit=criterion.early_exit):
-        count = drawn.stop - drawn.start
-        latents = await Sample(
-            noise[drawn],
-            setting.sampler,
-            condition and {name: value[drawn] for name, value in condition.items()},
-            seeds and seeds[drawn],
-            guidance_scale,
-            target.negative_rows(count),
+    """In rounds, until all are drawn or too many failed."""
+    rounds: list[Check] = []
+    failures = 0
+    first = most_failures + 1 if setting.criterion.early_exit else len(noise)
+    for drawn in _rounds(len(noise), first):
+        rounds.append(
+            await compare(
+                noise[drawn],
+                condition and {name: value[drawn] for name, value in condition.items()},
+                seeds and seeds[drawn],
+                target,
+                setting,
+                guidance_scale=guidance_scale,
+            )
         )
-        embedding = await Embed(latents)
-        similarities.append(embedding.vectors @ target.embedding)
-        pixels.append(embedding.pixels)
-        if (similarities[-1] < criterion.threshold).any():
+        failures += len(rounds[-1].similarities) - rounds[-1].replicas
+        if failures > most_failures:
             break
-    seen = torch.cat(similarities)
-    passed = len(seen) == len(noise) and bool((seen >= criterion.threshold).all())
-    return Check(seen, torch.cat(pixels), passed, guidance_scale)
+    return Check(
+        similarities=torch.cat([check.similarities for check in rounds]),
+        pixels=torch.cat([check.pixels for check in rounds]),
+        replicas=sum(check.replicas for check in rounds),
+        passed=failures <= most_failures,
+        guidance_scale=guidance_scale,
+    )
 
 
-def _rounds(count: int, *, early_exit: bool) -> Iterator[slice]:
-    """All at once, or 1, 1, 2, 4, ...: each round doubles what has been drawn."""
+def _rounds(count: int, first: int) -> Iterator[slice]:
+    """Each round after the first doubles what has been drawn: 1, 1, 2, 4, ..."""
     start = 0
     while start < count:
-        stop = min(count, max(1, 2 * start)) if early_exit else count
+        stop = min(count, max(first, 2 * start))
         yield slice(start, stop)
         start = stop

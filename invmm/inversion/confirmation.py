@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from invmm.engine.check import Check
+from invmm.engine.check import Check, compare
 from invmm.engine.protocols import Setting, Target
-from invmm.engine.requests import Embed, Sample, draw_seeds
+from invmm.engine.requests import draw_seeds
 from invmm.inversion.frequency import from_frequencies
 from invmm.inversion.noise import GaussianNoise, kl_to_standard_normal
 from invmm.probability.certificate import clopper_pearson, log_p_certified, lower_rate
@@ -30,16 +30,19 @@ class Confirmation:
     """A count of replicas among fresh samples, and what follows from it.
 
     Attributes:
-        check: the samples.
-        count: how many of them replicate.
+        check: the samples, and how many of them replicate.
         kl_nats: of the distribution, summed over latent dimensions.
         confidence: of the interval and of the certificate.
     """
 
     check: Check
-    count: int
     kl_nats: float
     confidence: float = CONFIDENCE
+
+    @property
+    def count(self) -> int:
+        """Samples that replicate."""
+        return self.check.replicas
 
     @property
     def num_samples(self) -> int:
@@ -49,7 +52,7 @@ class Confirmation:
     @property
     def rate(self) -> float:
         """Share of the samples that replicate."""
-        return self.count / self.num_samples
+        return self.check.rate
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -106,31 +109,13 @@ async def confirm(
     """
     draws = in_pixels(noise.draw(num_samples, rng).detach(), basis)
     seeds = draw_seeds(num_samples, setting.sampler, rng)
-    check = await compare(draws, seeds, target, setting, guidance_scale=guidance_scale)
+    rows = target.rows(num_samples)
+    check = await compare(draws, rows, seeds, target, setting, guidance_scale=guidance_scale)
     return Confirmation(
         check=check,
-        count=int((check.similarities >= setting.criterion.threshold).sum()),
         kl_nats=exact_kl(noise) * noise.mean.numel(),
         confidence=confidence,
     )
-
-
-async def compare(
-    noise: Tensor,
-    seeds: tuple[int, ...] | None,
-    target: Target,
-    setting: Setting,
-    *,
-    guidance_scale: float,
-) -> Check:
-    """Samples from all of the noises (n, C, H, W), whatever the first ones show, and compares."""
-    count = len(noise)
-    rows, negative = target.rows(count), target.negative_rows(count)
-    latents = await Sample(noise, setting.sampler, rows, seeds, guidance_scale, negative)
-    embedding = await Embed(latents)
-    similarities = embedding.vectors @ target.embedding
-    passed = bool((similarities >= setting.criterion.threshold).all())
-    return Check(similarities, embedding.pixels, passed, guidance_scale)
 
 
 def in_pixels(noise: Tensor, basis: Basis) -> Tensor:

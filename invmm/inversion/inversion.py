@@ -13,7 +13,7 @@ import torch
 from annotated_types import Ge, Gt
 
 from invmm.diffusion.sampling import Sampler
-from invmm.engine.check import check_replication
+from invmm.engine.check import check_replication, starting_with
 from invmm.engine.criterion import ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Evaluations, NonFiniteError, Outcome
 from invmm.engine.protocols import Setting, Target
@@ -76,11 +76,12 @@ class Inversion:
                     trace.stepped(loss=loss, kl=kl, kl_weight=weight.value)
                     weight = self.kl_weight.update(weight, trace.read() if check_due else None)
                 if check_due:
-                    count, scale = setting.criterion.num_samples, trace.closest_scale
+                    count = setting.criterion.num_samples
+                    scales = starting_with(trace.closest_scale, setting.sampler.guidance_scales)
                     draws = noise.draw(count, rng).detach()
                     rows = await prompt.check_rows(count, rng)
                     check = await check_replication(
-                        draws, rows, target, setting, rng, first_scale=scale
+                        draws, rows, target, setting, rng, guidance_scales=scales
                     )
                     trace.checked(check)
                     if check.passed:

@@ -21,7 +21,7 @@ from annotated_types import Ge, Gt, Le, Len, Lt
 from torch import Tensor
 
 from invmm.diffusion.sampling import Sampler
-from invmm.engine.check import Check
+from invmm.engine.check import Check, check_replication, deciding_failures, starting_with
 from invmm.engine.criterion import ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Evaluations, NonFiniteError, Outcome
 from invmm.engine.protocols import Setting, Target
@@ -30,7 +30,6 @@ from invmm.inversion.confirmation import Basis, Confirmation, confirm, in_pixels
 from invmm.inversion.frequency import low_frequencies
 from invmm.inversion.noise import GaussianNoise
 from invmm.inversion.optimizer import Adam
-from invmm.inversion.rate_check import check_rate, deciding_failures, rate
 from invmm.inversion.trace import Trace
 
 _ALL_FREQUENCIES = 2.0
@@ -148,10 +147,10 @@ class Trajectory:
                 if not self._checks_at(step):
                     continue
                 trace.read()
-                scales = sorted(setting.sampler.guidance_scales, key=lambda other: other != scale)
+                scales = starting_with(scale, setting.sampler.guidance_scales)
                 check = await self._check(noise, scales, target, setting, rng)
                 trace.checked(check)
-                trace.curves["rate"].append(rate(check, setting))
+                trace.curves["rate"].append(check.rate)
                 scale = check.guidance_scale
                 if not check.passed:
                     continue
@@ -211,10 +210,9 @@ class Trajectory:
             forward = moved + drawn + confirmations * confirmed * of_sample
             return Evaluations(forward=forward, backward=moved, sampler=forward)
 
+        fewest = deciding_failures(self.num_check, self.candidate_rate)
         return CostRange(
-            fewest=with_scale(
-                min(by_scale), deciding_failures(self.num_check, self.candidate_rate), 0
-            ),
+            fewest=with_scale(min(by_scale), fewest if criterion.early_exit else self.num_check, 0),
             most=with_scale(max(by_scale), self.num_check, self.num_confirmations),
         )
 
@@ -255,13 +253,14 @@ class Trajectory:
     ) -> Check:
         """See `num_check` and `candidate_rate`."""
         draws = in_pixels(noise.draw(self.num_check, rng).detach(), self.basis)
-        return await check_rate(
+        return await check_replication(
             draws,
+            target.rows(self.num_check),
             target,
             setting,
             rng,
-            lowest_rate=self.candidate_rate,
             guidance_scales=guidance_scales,
+            lowest_rate=self.candidate_rate,
         )
 
     async def _shrunk(

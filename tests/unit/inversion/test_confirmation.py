@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,7 +114,8 @@ def test_the_interval_and_the_certificate():
         network, distribution(network.latent_shape), make_target(network),
         make_setting(network, threshold=-1.0), num_samples=20, confidence=0.9,
     )  # fmt: skip
-    found = Confirmation(check=found.check, count=17, kl_nats=30.0, confidence=0.9)
+    check = replace(found.check, replicas=17)
+    found = Confirmation(check=check, kl_nats=30.0, confidence=0.9)
     expected = binomtest(17, 20).proportion_ci(0.9, method="exact")
     assert found.interval == pytest.approx((expected.low, expected.high))
     low = binomtest(17, 20, alternative="greater").proportion_ci(0.9, method="exact").low
@@ -126,7 +128,7 @@ def test_the_interval_and_the_certificate():
     assert columns["log_p_certified"] == pytest.approx(brentq(excess, -200, math.log(low)))
     assert (columns["confirm_passed"], columns["confirm_drawn"]) == (17, 20)
     assert columns["confirm_confidence"] == 0.9
-    nothing = Confirmation(check=found.check, count=0, kl_nats=30.0)
+    nothing = Confirmation(check=replace(check, replicas=0), kl_nats=30.0)
     assert nothing.columns()["log_p_certified"] is None
     assert nothing.interval[0] == 0
 

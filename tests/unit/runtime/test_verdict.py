@@ -17,8 +17,8 @@ DIMENSIONS = 48
 
 def drawn(count: int, num_samples: int = 64, kl_nats: float = 24.0) -> Confirmation:
     similarities = torch.linspace(1, 0, num_samples)
-    check = Check(similarities, torch.zeros(num_samples, 3, 4, 4), False, 1.0)
-    return Confirmation(check=check, count=count, kl_nats=kl_nats)
+    check = Check(similarities, torch.zeros(num_samples, 3, 4, 4), count, False, 1.0)
+    return Confirmation(check=check, kl_nats=kl_nats)
 
 
 def record(**changes) -> dict:
@@ -95,7 +95,7 @@ def test_numbers_that_contradict_each_other(changes, words):
 
 
 def test_a_certificate_beyond_its_count():
-    honest = Confirmation(check=drawn(0).check, count=60, kl_nats=24.0).log_p_certified
+    honest = drawn(60).log_p_certified
     for shift, expected in ((-1.0, 0), (0.0, 0), (1e-3, 1)):
         found = faults(confirmed(60, log_p_certified=honest + shift), drawn(60))
         assert len(found) == expected

@@ -1,4 +1,4 @@
-"""A check of a rate against one that draws everything."""
+"""Checks of a rate against those that draw everything."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from worlds import (
     make_target,
 )
 
-from invmm.engine.check import Check
+from invmm.engine.check import Check, check_replication, deciding_failures
 from invmm.engine.engine import Engine
 from invmm.engine.outcomes import Outcome, Status
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
-from invmm.inversion.rate_check import check_rate, deciding_failures, rate
 
 
 def checked(network, target, setting, noise: Tensor, lowest_rate: float, scales=(1.0,)) -> Check:
@@ -29,7 +28,8 @@ def checked(network, target, setting, noise: Tensor, lowest_rate: float, scales=
     async def measurement() -> Outcome:
         rng = torch.Generator().manual_seed(5)
         options = {"lowest_rate": lowest_rate, "guidance_scales": scales}
-        found.append(await check_rate(noise, target, setting, rng, **options))
+        rows = target.rows(len(noise))
+        found.append(await check_replication(noise, rows, target, setting, rng, **options))
         return Outcome(status=Status.REPLICATED)
 
     engine = Engine(network, Direction(), EngineSettings())
@@ -63,6 +63,12 @@ def test_the_decision_is_that_of_all_samples(eta):
         assert drawn in (4, 8, 16)
         failures = (everything[:drawn] < threshold).sum()
         assert failures >= 4 or drawn == 16
+        full = checked(
+            network, target, make_setting(network, threshold=threshold, eta=eta, early_exit=False),
+            noise, 0.8,
+        )  # fmt: skip
+        assert (full.passed, full.replicas) == (found.passed, count)
+        assert torch.equal(full.similarities, everything)
     assert len(at(2.0).similarities) == 4
 
 
@@ -77,7 +83,7 @@ def test_the_scale_that_passes_ends_the_check_else_the_highest_rate_counts():
     worse, better = sorted(full, key=lambda check: check.best)
     threshold = (worse.best + better.best) / 2  # reached at one scale only, by some samples
     setting = make_setting(network, threshold=threshold)
-    reached = rate(better, setting)
+    reached = (better.similarities >= threshold).double().mean().item()
     assert 0 < reached < 1
     for order in (scales, scales[::-1]):
         failed = checked(network, target, setting, noise, reached + 0.1, order)
