@@ -63,6 +63,7 @@ def of_variant(frame: pd.DataFrame, base: pd.DataFrame, counted: pd.DataFrame) -
         **separation(frame),
         "spearman_with_p": rounded(rank_correlation(frame, counted, tie_break=True)),
         "score_median": rounded(frame.score.median(), 4),
+        "confirmed_rate_median": rounded(frame.replication_rate[has_score(frame)].median()),
         "both_found": len(both),
         "score_against_base": rounded(ratios.median()),
         "evaluations_median": float(evaluations(frame).median()),

@@ -76,6 +76,14 @@ def scored(copies: int, twin: int) -> Outcome:
     return Outcome(status=Status.SCORED, score=1 / (1 + copies) + twin / 10)
 
 
+def replayed(copies: int, twin: int) -> Outcome:
+    """Of what was found, half replicates."""
+    if copies <= 2:
+        return Outcome(status=Status.NOT_REPLICATED, columns={"source_status": "NOT_REPLICATED"})
+    columns = {"confirm_passed": 32 + twin, "confirm_drawn": 64, "source_status": "REPLICATED"}
+    return written.outcome(Status.ESTIMATED, score=0.1, similarity=0.9, columns=columns)
+
+
 def runs_of(study: str) -> dict[str, Callable[[int, int], Outcome]]:
     """Folder below results/ -> what each icon gave there."""
     if study == "demo":
@@ -94,6 +102,19 @@ def runs_of(study: str) -> dict[str, Callable[[int, int], Outcome]]:
     elif study == "calibration":
         names = {"counted": counted, "splitting": counted, "trajectory": found, "published": found}
         names |= dict.fromkeys(("published_seed_1", "published_seed_2"), found)
+    elif study == "duplication":
+        names = {
+            f"{name}_{seed}": outcome
+            for seed in range(3)
+            for name, outcome in (("counted", counted), ("trajectory", found), ("adaptive", found))
+        }
+    elif study == "sampling":
+        samplers = ("ddpm", "dpmsolver", "euler", "heun", "unipc", "ddim_eta_half", "ddim_eta_one")
+        ways = (*samplers, *(f"ddim_{steps}" for steps in (10, 20, 50, 100, 200)))
+        names = {"trajectory": found}
+        names |= {f"{name}_{way}": outcome for way in ways
+                  for name, outcome in (("replay", replayed), ("free", counted))}  # fmt: skip
+        names |= {f"guidance_{scale}": counted for scale in (0, 1, 2, 3, 5, 7)}
     else:
         lines = (EXPERIMENTS / study / "run.sh").read_text().splitlines()
         names = {line.split()[1]: found for line in lines if line.startswith("variant ")}
@@ -101,7 +122,7 @@ def runs_of(study: str) -> dict[str, Callable[[int, int], Outcome]]:
     return {f"{study}/{name}": outcome for name, outcome in names.items()}
 
 
-STUDIES = ("ablation", "calibration", "demo", "membership", "text_demo", "training_steps")
+STUDIES = sorted(path.parent.name for path in EXPERIMENTS.glob("*/plot.py"))
 
 
 def write_study(results: Path, study: str) -> None:
@@ -148,8 +169,15 @@ def test_all_figures_tables_and_numbers_come_out_alike_anywhere(tmp_path):
         assert kinds.count(".pdf") == kinds.count(".png") <= kinds.count(".csv")
 
 
-@pytest.mark.parametrize("study", ["demo", "text_demo"])
-def test_a_changed_record_fails_the_study(study, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("study", "run", "difference"),
+    [
+        ("demo", "", "found.duplicated.found is 7, not in [8, 8]"),
+        ("text_demo", "caption", "caption.found.duplicated.found is 7, not in [8, 8]"),
+        ("calibration", "trajectory", "trajectory.likely_found is 0.75, not in [1, 1]"),
+    ],
+)
+def test_a_changed_record_fails_the_study(study, run, difference, tmp_path, monkeypatch, capsys):
     """By the very names that its expected.json holds, at the values of these records."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study_module, "save_figure", lambda figure, *paths: paths)
@@ -169,12 +197,11 @@ def test_a_changed_record_fails_the_study(study, tmp_path, monkeypatch, capsys):
     expected.write_text(json.dumps(values))
     assert code_of(tmp_path / study / "plot.py") == 0
     capsys.readouterr()
-    run = tmp_path / "results" / study / ("caption" if study == "text_demo" else "")
-    (record,) = run.glob("records/32-0-*/record.json")
+    (record,) = (tmp_path / "results" / study / run).glob("records/32-0-*/record.json")
     content = json.loads(record.read_text()) | {"status": "NOT_REPLICATED", "score": None}
     record.write_text(json.dumps(content))
     assert code_of(tmp_path / study / "plot.py") == 1
-    assert "found.duplicated.found is 7, not in [8, 8]" in capsys.readouterr().out
+    assert difference in capsys.readouterr().out
 
 
 def test_no_plot_needs_torch():
