@@ -62,7 +62,16 @@ def test_a_logger_leaves_a_run_what_it_is(calls, study):
 
 def test_make_study_publishes_what_is_to_be_shown():
     def recipe(*variables: str) -> str:
-        command = ["make", "-n", "-o", ".venv/.ready", "study", "STUDY=demo", *variables]
+        command = [
+            "make",
+            "-n",
+            "--no-print-directory",
+            "-o",
+            ".venv/.ready",
+            "study",
+            "STUDY=demo",
+            *variables,
+        ]
         environment = {k: v for k, v in os.environ.items() if k != "MAKEFLAGS"}
         return subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
