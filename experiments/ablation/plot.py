@@ -20,6 +20,8 @@ STUDY = Path(__file__).parent
 RESULTS = Path("results/ablation")
 PANELS = 6
 """Of the figure of success, in a row."""
+BUDGETS = {"base": 600, "trajectory": 96}
+"""Optimiser steps."""
 
 
 def main() -> int:
@@ -30,7 +32,7 @@ def main() -> int:
         name: of_variant(frame, runs[base_of(name)], counted) for name, frame in runs.items()
     }
     table = pd.DataFrame([flat(name, found) for name, found in summary.items()])
-    print(table.to_string(index=False))
+    print(table.drop(columns=table.filter(regex="_(low|high|alone)$|^tpr")).to_string(index=False))
     curves = {name: success_of(frame) for name, frame in runs.items()}
     tables = {
         "variants": table,
@@ -77,10 +79,12 @@ def evaluations(frame: pd.DataFrame) -> pd.Series:
 
 
 def success_of(frame: pd.DataFrame) -> pd.DataFrame:
-    """Share of the duplicated icons found within so many evaluations, the others censored."""
+    """Share of the duplicated icons found within so many steps, the others censored at the last."""
     is_measured = has_score(frame) | is_censored(frame)
     mine = frame.loc[is_measured & (image_groups(frame) == "duplicated")]
-    curve = success_curve(evaluations(mine).to_numpy(float), has_score(mine).to_numpy())
+    found = has_score(mine)
+    steps = mine.steps.where(found, frame.steps.max())  # some end once nothing is left to confirm
+    curve = success_curve(steps.to_numpy(float), found.to_numpy())
     none = pd.DataFrame({"budgets": [0.0], "shares": [0.0]})
     return pd.concat([none, pd.DataFrame(asdict(curve))], ignore_index=True)
 
@@ -126,11 +130,9 @@ def figure_of(summary: dict[str, dict]) -> Figure:
 
 
 def success_figure(curves: dict[str, pd.DataFrame]) -> Figure:
-    """Success of each variant against evaluations with its 95 % interval; grey: of its base."""
+    """Success of each variant against steps with its 95 % interval; grey: of its base."""
     rows = -(-len(curves) // PANELS)
-    figure, axes = plt.subplots(
-        rows, PANELS, figsize=(9.6, 1.3 * rows), sharex=True, sharey=True, squeeze=False
-    )
+    figure, axes = plt.subplots(rows, PANELS, figsize=(9.6, 1.5 * rows), sharey=True, squeeze=False)
     for axis in axes.flat[len(curves) :]:
         axis.set_axis_off()
     colour = COLOURS["duplicated"]
@@ -141,9 +143,10 @@ def success_figure(curves: dict[str, pd.DataFrame]) -> Figure:
         ends = (curve.budgets, curve.low, curve.high)
         axis.fill_between(*ends, step="post", color=colour, alpha=0.2, linewidth=0)
         axis.set_title(name, fontsize=7)
+        axis.set_xlim(0, BUDGETS[base_of(name)])
         axis.set_ylim(0, 1.02)
         axis.tick_params(labelsize=7)
-    figure.supxlabel("network evaluations of an icon, its confirmation included", fontsize=8)
+    figure.supxlabel("optimiser steps, up to the budget", fontsize=8)
     figure.supylabel("share of the duplicated icons found", fontsize=8)
     figure.tight_layout()
     return figure
