@@ -29,6 +29,17 @@ def linear_schedule(prediction_type: str = "epsilon") -> NoiseSchedule:
     return NoiseSchedule.from_config({**LINEAR, "prediction_type": prediction_type})
 
 
+def ddim(predict, noise: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """Ten steps of DDIM written out."""
+    alphas, latents = schedule.alphas_cumprod, noise
+    for at in range(999, 0, -100):
+        eps = predict(latents, torch.full((len(latents),), at))
+        clean = (latents - (1 - alphas[at]).sqrt() * eps) / alphas[at].sqrt()
+        after = alphas[at - 100] if at >= 100 else torch.tensor(1.0)
+        latents = after.sqrt() * clean + (1 - after).sqrt() * eps
+    return latents
+
+
 class PixelWorld:
     """The parts of a Network that pixel-space models share."""
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from invmm.analysis.statistics import Estimate, memorization_order, proportion
-from invmm.analysis.study import finish, read_run, rounded
+from invmm.analysis.study import finish, read_run, rounded, shown_estimate
 from invmm.analysis.style import COLOURS, style
 from invmm.results.collect import has_score, is_censored
 
@@ -138,8 +138,8 @@ def of_measurement(name: str, frame: pd.DataFrame, table: pd.DataFrame) -> dict[
     found: dict[str, object] = {
         "images": len(frame),
         "failed": int(frame.status.isin(["FAILED", "DIVERGED"]).sum()),
-        "spearman_with_copies": shown(correlation(frame, tie_break=True)),
-        "spearman_with_copies_score_alone": shown(correlation(frame, tie_break=False)),
+        "spearman_with_copies": shown_estimate(correlation(frame, tie_break=True)),
+        "spearman_with_copies_score_alone": shown_estimate(correlation(frame, tie_break=False)),
     }
     own = table.loc[table.measurement == name]
     for copies, lines in own.groupby("copies"):
@@ -240,11 +240,6 @@ def intervals(
     places = lines.copies.map(COPIES.index) + offset
     axis.vlines(places, lines.low, lines.high, color=colour, linewidth=1.0)
     axis.plot(places, lines.value, "_", markersize=7, color=colour, label=label)
-
-
-def shown(estimate: Estimate | None) -> dict[str, float | None] | None:
-    """With its interval, for the summary."""
-    return estimate and {name: rounded(end, 5) for name, end in asdict(estimate).items()}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -29,6 +28,7 @@ from invmm.analysis.study import (
     rounded,
     separation,
     share_table,
+    shown_estimate,
 )
 from invmm.analysis.style import COLOURS, LABELS, style
 from invmm.results.records import read_replicas
@@ -114,9 +114,9 @@ def of_step(step: int, frames: dict[str, pd.DataFrame]) -> dict[str, object]:
     by_copies = {
         f"copies_{copies}": {
             "images": len(mine),
-            "returned": shown(returned(step, mine)),
-            "p_mean": shown(mean_probability(step, mine)),
-            "best_similarity": shown(best_similarity(step, mine)),
+            "returned": shown_estimate(returned(step, mine)),
+            "p_mean": shown_estimate(mean_probability(step, mine)),
+            "best_similarity": shown_estimate(best_similarity(step, mine)),
         }
         for copies, mine in of_copies(counted)
     }
@@ -316,11 +316,6 @@ def label_of(copies: int) -> str:
     if copies <= 1:
         return LABELS["single" if copies else "held_out"]
     return f"{copies} copies"
-
-
-def shown(estimate: Estimate | None) -> dict[str, float | None] | None:
-    """With its interval, for the summary."""
-    return estimate and {name: rounded(end, 5) for name, end in asdict(estimate).items()}
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,28 +18,53 @@ from invmm.analysis.statistics import (
 if TYPE_CHECKING:
     import pandas as pd
 
-_RESAMPLES_AT_ONCE = 100  # all of them would not fit for ten thousand images
+_MOST_FALSE = 0.01
 
 
-def auroc(positives: np.ndarray, negatives: np.ndarray) -> float | None:
-    """Probability that a positive stands above a negative, ties counted half; None if empty."""
-    return _of_roc(_area, positives, negatives)
+@dataclass(frozen=True)
+class Contrast:
+    """How well a score tells some images, the positives, from others.
+
+    Attributes:
+        positives: how many.
+        negatives: how many.
+        auroc: probability that a positive stands above a negative, ties counted half.
+        tpr_at_fpr_1: true-positive rate at the last operating point whose false-positive rate is
+            <= 1 %. Its interval is that of the operating point which these negatives set: fewer
+            than 100 of them say little of where it lies among others.
+    """
+
+    positives: int
+    negatives: int
+    auroc: Estimate
+    tpr_at_fpr_1: Estimate
 
 
-def tpr_at_fpr(positives: np.ndarray, negatives: np.ndarray, limit: float = 0.01) -> float | None:
-    """True-positive rate at the last operating point whose false-positive rate is <= limit."""
-    return _of_roc(partial(_tpr, limit=limit), positives, negatives)
+def contrast(
+    frame: pd.DataFrame, positives: pd.Series, negatives: pd.Series, *, tie_break: bool
+) -> Contrast | None:
+    """`separated` of a score table, near-duplicates drawn together for the intervals.
+
+    Args:
+        frame: score table of the images that were measured.
+        positives: bool, which of them should score as more memorized.
+        negatives: bool, than these.
+        tie_break: see `memorization_order`.
+    """
+    order = memorization_order(frame, tie_break=tie_break)
+    groups = near_duplicate_groups(frame).to_numpy()
+    return separated(order[positives], order[negatives], (groups[positives], groups[negatives]))
 
 
-def auroc_interval(
+def separated(
     positives: np.ndarray,
     negatives: np.ndarray,
     duplicates: tuple[np.ndarray, np.ndarray] | None = None,
     *,
-    resamples: int = 2000,
+    resamples: int = 1000,
     seed: int = 0,
-) -> Estimate | None:
-    """`auroc` with its bootstrap percentile interval; each side is resampled on its own.
+) -> Contrast | None:
+    """Both statistics with bootstrap percentile intervals; each side is resampled on its own.
 
     Where all resamples agree, as they do if nothing is out of order, the interval is conservative:
     with k groups on the smaller side, k independent pairs of a positive and a negative came out
@@ -56,143 +80,45 @@ def auroc_interval(
         seed: of them.
 
     Returns:
-        None if a side is empty; from 0 to 1 if one has a single group, which says nothing of its
-        spread.
+        None if a side is empty; intervals from 0 to 1 if one has a single group, which says nothing
+        of its spread.
     """
-    return _share_interval(_area, (positives, negatives), duplicates, resamples, seed)
+    from sklearn.metrics import auc, roc_curve
 
-
-def tpr_at_fpr_interval(
-    positives: np.ndarray,
-    negatives: np.ndarray,
-    duplicates: tuple[np.ndarray, np.ndarray] | None = None,
-    *,
-    limit: float = 0.01,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Estimate | None:
-    """`tpr_at_fpr` with its interval; arguments and returns as of `auroc_interval`.
-
-    It is that of the operating point which these negatives set: fewer than 1 / limit of them say
-    little of where the limit lies among others.
-    """
-    statistic = partial(_tpr, limit=limit)
-    return _share_interval(statistic, (positives, negatives), duplicates, resamples, seed)
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """How well a score tells some images, the positives, from others.
-
-    Attributes:
-        positives: how many.
-        negatives: how many.
-        auroc: see `auroc`.
-        tpr_at_fpr_1: see `tpr_at_fpr`, at a limit of 1 %.
-    """
-
-    positives: int
-    negatives: int
-    auroc: Estimate
-    tpr_at_fpr_1: Estimate
-
-
-def contrast(
-    frame: pd.DataFrame, positives: pd.Series, negatives: pd.Series, *, tie_break: bool
-) -> Contrast | None:
-    """Both statistics, near-duplicates drawn together for the intervals; None if a side is empty.
-
-    Args:
-        frame: score table of the images that were measured.
-        positives: bool, which of them should score as more memorized.
-        negatives: bool, than these.
-        tie_break: see `memorization_order`.
-    """
-    order = memorization_order(frame, tie_break=tie_break)
-    groups = near_duplicate_groups(frame).to_numpy()
-    above, below = order[positives], order[negatives]
-    duplicates = groups[positives], groups[negatives]
-    area = auroc_interval(above, below, duplicates)
-    rate = tpr_at_fpr_interval(above, below, duplicates)
-    return Contrast(len(above), len(below), area, rate) if area and rate else None
-
-
-def _roc(
-    positives: np.ndarray, negatives: np.ndarray, weights: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """True and false positives of every operating point, from none to all.
-
-    Args:
-        positives: (P,).
-        negatives: (N,).
-        weights: (..., P) and (..., N), how often each of them counts.
-
-    Returns:
-        Two (..., points), rising from 0 to the sum of the weights; ties are one point.
-    """
-    values = np.concatenate([positives, negatives])
-    order = np.argsort(-values)
-    points = np.flatnonzero(np.diff(values[order], append=-np.inf))
-
-    def risen(*counts: np.ndarray) -> np.ndarray:
-        total = np.concatenate(counts, axis=-1)[..., order].cumsum(-1)[..., points]
-        return np.concatenate([np.zeros_like(total[..., :1]), total], axis=-1)
-
-    of_positives, of_negatives = weights
-    return (
-        risen(of_positives, np.zeros_like(of_negatives)),
-        risen(np.zeros_like(of_positives), of_negatives),
-    )
-
-
-def _area(true: np.ndarray, false: np.ndarray) -> np.ndarray:
-    """(..., points) each -> (...) area below the curve (pairs, Mann & Whitney 1947)."""
-    pairs = np.diff(false) * (true[..., 1:] + true[..., :-1]) / 2
-    return pairs.sum(-1) / (true[..., -1] * false[..., -1])
-
-
-def _tpr(true: np.ndarray, false: np.ndarray, *, limit: float) -> np.ndarray:
-    """(..., points) each -> (...)."""
-    last = (false / false[..., -1:] <= limit).sum(-1, keepdims=True) - 1
-    return np.take_along_axis(true, last, -1)[..., 0] / true[..., -1]
-
-
-_OfRoc = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-
-def _of_roc(statistic: _OfRoc, positives: np.ndarray, negatives: np.ndarray) -> float | None:
-    if len(positives) == 0 or len(negatives) == 0:
+    sides = positives, negatives
+    if not all(map(len, sides)):
         return None
-    once = (np.ones(len(positives)), np.ones(len(negatives)))
-    return float(statistic(*_roc(positives, negatives, once)))
-
-
-def _share_interval(
-    statistic: _OfRoc,
-    sides: tuple[np.ndarray, np.ndarray],
-    duplicates: tuple[np.ndarray, np.ndarray] | None,
-    resamples: int,
-    seed: int,
-) -> Estimate | None:
-    value = _of_roc(statistic, *sides)
-    if value is None:
-        return None
+    labels, values = np.repeat([1, 0], [*map(len, sides)]), np.concatenate(sides)
     groups = duplicates or tuple(np.arange(len(side)) for side in sides)
     places = [np.unique(own, return_inverse=True)[1] for own in groups]
     sizes = [int(own.max()) + 1 for own in places]
+
+    def found(weights: np.ndarray | None = None) -> tuple[float, float]:
+        false, true, _ = roc_curve(labels, values, sample_weight=weights, drop_intermediate=False)
+        return float(auc(false, true)), float(true[false <= _MOST_FALSE][-1])
+
+    rng = np.random.default_rng(seed)
+
+    def drawn() -> np.ndarray:
+        """How often each image is drawn."""
+        counts = (rng.multinomial(size, np.full(size, 1 / size)) for size in sizes)
+        return np.concatenate([own[place] for own, place in zip(counts, places, strict=True)])
+
     if min(sizes) < 2:
-        return Estimate(value, 0.0, 1.0)
-    generator = np.random.default_rng(seed)
-    drawn = []
-    for block in range(0, resamples, _RESAMPLES_AT_ONCE):
-        count = min(_RESAMPLES_AT_ONCE, resamples - block)
-        first, second = (
-            generator.multinomial(size, np.full(size, 1 / size), size=count)[:, own]
-            for size, own in zip(sizes, places, strict=True)
-        )
-        drawn.append(statistic(*_roc(*sides, (first, second))))
-    low, high = np.quantile(np.concatenate(drawn), [0.025, 0.975])
-    if low == high:
-        agree = 1 - proportion(0, min(sizes)).high
-        low, high = value * agree, 1 - (1 - value) * agree
-    return Estimate(value, float(low), float(high))
+        ends = [(0.0, 1.0)] * 2
+    else:
+        samples = np.array([found(drawn()) for _ in range(resamples)])
+        ends = np.quantile(samples, [0.025, 0.975], axis=0).T.tolist()
+    area, rate = (
+        _estimate(value, low, high, min(sizes))
+        for value, (low, high) in zip(found(), ends, strict=True)
+    )
+    return Contrast(len(positives), len(negatives), area, rate)
+
+
+def _estimate(value: float, low: float, high: float, pairs: int) -> Estimate:
+    """Widened to what so many pairs that came out alike leave open, if resamples leave nothing."""
+    if math.isclose(low, high, abs_tol=1e-9):  # up to rounding
+        alike = 1 - proportion(0, pairs).high
+        low, high = value * alike, 1 - (1 - value) * alike
+    return Estimate(value, low, high)

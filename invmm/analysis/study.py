@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invmm.analysis.separation import contrast
-from invmm.analysis.statistics import found_shares, image_groups
+from invmm.analysis.statistics import Estimate, found_shares, image_groups
 from invmm.analysis.style import save_figure
 from invmm.files import write_atomically
 from invmm.results.collect import has_score, is_censored, score_table
@@ -96,12 +97,17 @@ def rounded(value: float | None, digits: int = 3) -> float | None:
     return None if value is None or pd.isna(value) else round(float(value), digits)
 
 
+def shown_estimate(estimate: Estimate | None) -> dict[str, float | None] | None:
+    """With its interval, for a summary."""
+    return estimate and {end: rounded(value, 5) for end, value in asdict(estimate).items()}
+
+
 def finish(
     study: Path,
     results: Path,
     summary: Mapping[str, Any],
     figures: Mapping[str, Figure],
-    tables: Mapping[str, pd.DataFrame] = {},
+    tables: Mapping[str, pd.DataFrame],
 ) -> int:
     """Writes summary.json, figures and tables, and holds the summary to expected.json.
 

@@ -17,9 +17,9 @@ class ReplicationCriterion:
             something only together with the similarity network and the data; calibrate it with
             `invmm-threshold`.
         num_samples: samples that must all replicate (paper: 8).
-        early_exit: draw samples in rounds of 1, 1, 2, 4, ... and stop at the first that fails.
-            The decision is the same, since one failure decides; most checks then cost an eighth
-            (ours).
+        early_exit: draw samples in rounds of 1, 1, 2, 4, ... and stop at the first that fails, or
+            where a rate is asked for, at the failure that puts it out of reach. The decision is
+            the same; most checks then cost an eighth (ours).
         num_confirm: fresh samples of a distribution that has passed, for its rate, the exact
             interval and the certificate; they change no score. 0 draws none (ours).
     """

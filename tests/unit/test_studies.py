@@ -4,45 +4,22 @@ from __future__ import annotations
 
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
+from studies import EXPERIMENTS, calls_of
 
 from invmm.cli.compose import compose_job, digest_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = EXPERIMENTS.parent
 STUDIES = sorted(
-    path.parent.name for path in ROOT.glob("experiments/*/run.sh") if path.parent.name != "bench"
+    path.parent.name for path in EXPERIMENTS.glob("*/run.sh") if path.parent.name != "bench"
 )
 OPTIONS = ["logger=wandb", "logger.mode=offline"]
-NOTE_THE_CALL = """#!/usr/bin/env bash
-printf '%s\\0' "${0##*/}" "$@" >> calls
-echo >> calls
-"""
-
-
-@pytest.fixture
-def calls(tmp_path):
-    """Runs a study's script where every command only notes how it was called."""
-    commands = tmp_path / ".venv" / "bin"
-    commands.mkdir(parents=True)
-    for name in ("invmm", "invmm-train", "python"):
-        (commands / name).write_text(NOTE_THE_CALL)
-        (commands / name).chmod(0o755)
-
-    def run(study: str, *options: str) -> list[list[str]]:
-        script = ROOT / "experiments" / study / "run.sh"
-        subprocess.run(["bash", script, *options], cwd=tmp_path, check=True)
-        lines = (tmp_path / "calls").read_text().splitlines()
-        (tmp_path / "calls").unlink()
-        return [line.split("\0")[:-1] for line in lines]
-
-    return run
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_options_reach_every_run_and_nothing_else(calls, study):
-    with_options, without = calls(study, *OPTIONS), calls(study)
+def test_options_reach_every_run_and_nothing_else(tmp_path, study):
+    with_options, without = calls_of(study, tmp_path, *OPTIONS), calls_of(study, tmp_path)
     measured = [call for call in without if call[0] == "invmm"]
     assert measured
     assert with_options == [[*call, *OPTIONS] if call[0] == "invmm" else call for call in without]
@@ -50,9 +27,9 @@ def test_options_reach_every_run_and_nothing_else(calls, study):
 
 
 @pytest.mark.parametrize("study", ["demo", "membership"])
-def test_a_logger_leaves_a_run_what_it_is(calls, study):
+def test_a_logger_leaves_a_run_what_it_is(tmp_path, study):
     """So a finished run is not measured again, but only shown."""
-    _, *overrides = next(call for call in calls(study) if call[0] == "invmm")
+    _, *overrides = next(call for call in calls_of(study, tmp_path) if call[0] == "invmm")
     faults: list[str] = []
     digests = {digest_of(compose_job("measure", [*overrides, *more], faults))
                for more in ([], OPTIONS)}  # fmt: skip

@@ -17,13 +17,13 @@ import pytest
 import torch
 import written
 from matplotlib.figure import Figure
+from studies import EXPERIMENTS, calls_of
 
 from invmm.analysis import study as study_module
 from invmm.engine.outcomes import Evaluations, Outcome, Status
 from invmm.results.collect import collect
 from invmm.results.run_folder import RunFolder
 
-EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 ICONS = [(copies, twin) for copies in (32, 16, 8, 4, 2, 1, 0) for twin in (0, 1)]
 FREE_SAMPLES = 1000
 DRAW = """
@@ -86,59 +86,37 @@ def replayed(copies: int, twin: int) -> Outcome:
     return written.outcome(Status.ESTIMATED, score=0.1, similarity=0.9, columns=columns)
 
 
-def runs_of(study: str) -> dict[str, Callable[[int, int], Outcome]]:
-    """Folder below results/ -> what each icon gave there."""
-    if study == "demo":
-        names = {"": found, "counted": counted, "split": counted}
-    elif study == "text_demo":
-        names = dict.fromkeys(("caption", "empty", "learned"), found)
-    elif study == "membership":
-        names = {"counted": counted, "trajectory": found, "adaptive": found}
-        names |= dict.fromkeys(("denoising_loss", "secmi", "pia", "pian"), scored)
-    elif study == "training_steps":
-        names = {
-            f"{name}_{step:06d}": outcome
-            for step in (100, 200)
-            for name, outcome in (("counted", counted), ("trajectory", found), ("adaptive", found))
-        }
-    elif study == "calibration":
-        names = {"counted": counted, "splitting": counted, "trajectory": found, "published": found}
-        names |= dict.fromkeys(("published_seed_1", "published_seed_2"), found)
-    elif study == "duplication":
-        names = {
-            f"{name}_{seed}": outcome
-            for seed in range(3)
-            for name, outcome in (("counted", counted), ("trajectory", found), ("adaptive", found))
-        }
-    elif study == "sampling":
-        samplers = ("ddpm", "dpmsolver", "euler", "heun", "unipc", "ddim_eta_half", "ddim_eta_one")
-        ways = (*samplers, *(f"ddim_{steps}" for steps in (10, 20, 50, 100, 200)))
-        names = {"trajectory": found}
-        names |= {f"{name}_{way}": outcome for way in ways
-                  for name, outcome in (("replay", replayed), ("free", counted))}  # fmt: skip
-        names |= {f"guidance_{scale}": counted for scale in (0, 1, 2, 3, 5, 7)}
-    else:
-        lines = (EXPERIMENTS / study / "run.sh").read_text().splitlines()
-        names = {line.split()[1]: found for line in lines if line.startswith("variant ")}
-        names |= {"counted": counted}
-    return {f"{study}/{name}": outcome for name, outcome in names.items()}
+def outcome_of(overrides: list[str]) -> Callable[[int, int], Outcome]:
+    """What a run with these overrides leaves of an icon."""
+    measurement = dict(override.split("=", 1) for override in overrides).get("measurement")
+    if measurement in ("free_sampling", "probability"):
+        return counted
+    if measurement == "replay":
+        return replayed
+    return found if measurement is None else scored
 
 
 STUDIES = sorted(path.parent.name for path in EXPERIMENTS.glob("*/plot.py"))
 
 
-def write_study(results: Path, study: str) -> None:
-    for name, outcome in runs_of(study).items():
-        with RunFolder.open(results / name, config={}, digest="d") as folder:
-            if outcome is counted:
-                folder.bank_block(0).parent.mkdir()
-            for copies, twin in ICONS:
-                icon = written.entry(f"{copies}-{twin}", copies, f"icon of {copies}")
-                written.write(folder, icon, outcome(copies, twin))
-        collect(results / name)
+def write_study(folder: Path, study: str) -> None:
+    """The records of all runs that its run.sh makes, below results/ in a working folder."""
     if study == "training_steps":
         for step in (100, 200):
-            (results / study / "model" / f"step_{step:06d}").mkdir(parents=True)
+            (folder / f"results/training_steps/model/step_{step:06d}").mkdir(parents=True)
+    for command, *overrides in calls_of(study, folder):
+        if command != "invmm":
+            continue
+        outcome = outcome_of(overrides)
+        given = dict(override.split("=", 1) for override in overrides)
+        run_dir = folder / given.get("run_dir", f"results/{study}")
+        with RunFolder.open(run_dir, config={}, digest="d") as run:
+            if outcome is counted:
+                run.bank_block(0).parent.mkdir()
+            for copies, twin in ICONS:
+                icon = written.entry(f"{copies}-{twin}", copies, f"icon of {copies}")
+                written.write(run, icon, outcome(copies, twin))
+        collect(run_dir)
 
 
 def drawn_in(folder: Path, **environment: str) -> dict[str, bytes]:
@@ -157,7 +135,7 @@ def drawn_in(folder: Path, **environment: str) -> dict[str, bytes]:
 def test_all_figures_tables_and_numbers_come_out_alike_anywhere(tmp_path):
     """In another folder, with another order of sets, and under a matplotlibrc of the user's."""
     for study in STUDIES:
-        write_study(tmp_path / "here" / "results", study)
+        write_study(tmp_path / "here", study)
     shutil.copytree(tmp_path / "here", tmp_path / "else" / "where")
     (tmp_path / "else" / "where" / "matplotlibrc").write_text("font.size: 30\nlines.linewidth: 9\n")
     here = drawn_in(tmp_path / "here", PYTHONHASHSEED="1")
@@ -183,7 +161,7 @@ def test_a_changed_record_fails_the_study(study, run, difference, tmp_path, monk
     """By the very names that its expected.json holds, at the values of these records."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study_module, "save_figure", closed)
-    write_study(tmp_path / "results", study)
+    write_study(tmp_path, study)
     shutil.copytree(EXPERIMENTS / study, tmp_path / study)
     expected = tmp_path / study / "expected.json"
     names = list(json.loads(expected.read_text()))

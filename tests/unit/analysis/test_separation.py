@@ -1,4 +1,4 @@
-"""How scores tell images apart: cases worked out by hand, scikit-learn and SciPy beside them."""
+"""How scores tell images apart: cases worked out by hand, all pairs and SciPy beside them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import bootstrap
-from sklearn.metrics import roc_auc_score, roc_curve
 
-from invmm.analysis.separation import (
-    auroc,
-    auroc_interval,
-    contrast,
-    tpr_at_fpr,
-    tpr_at_fpr_interval,
-)
+from invmm.analysis.separation import contrast, separated
+from invmm.analysis.statistics import Estimate
 
 APART = np.arange(8.0) + 100, np.arange(12.0)
 """Eight positives above twelve negatives."""
@@ -22,12 +16,27 @@ LEAST = 0.025 ** (1 / 8)
 """The share p at which eight independent pairs all come out alike with a probability of 2.5 %."""
 
 
-def of_scikit_learn(positives: np.ndarray, negatives: np.ndarray) -> tuple[float, float]:
-    """AUROC, and the true-positive rate at the last operating point of <= 1 % false positives."""
-    labels = np.repeat([1, 0], [len(positives), len(negatives)])
-    values = np.concatenate([positives, negatives])
-    fpr, tpr, _ = roc_curve(labels, values, drop_intermediate=False)
-    return float(roc_auc_score(labels, values)), float(tpr[fpr <= 0.01][-1])
+def by_pairs(positives: np.ndarray, negatives: np.ndarray) -> tuple[float, float]:
+    """AUROC from all pairs, and the TPR by trying every threshold."""
+    above = (positives[:, None] > negatives) + 0.5 * (positives[:, None] == negatives)
+    allowed = [t for t in positives if (negatives >= t).sum() <= 0.01 * len(negatives)]
+    return above.mean(), (positives >= min(allowed, default=np.inf)).mean()
+
+
+def auroc_interval(*sides, **options) -> Estimate:
+    return separated(*sides, **options).auroc
+
+
+def tpr_interval(*sides, **options) -> Estimate:
+    return separated(*sides, **options).tpr_at_fpr_1
+
+
+def auroc(*sides) -> float:
+    return separated(*sides, resamples=1).auroc.value
+
+
+def tpr_at_fpr(*sides) -> float:
+    return separated(*sides, resamples=1).tpr_at_fpr_1.value
 
 
 @pytest.mark.parametrize(
@@ -40,23 +49,20 @@ def test_auroc_counts_pairs_and_half_ties(positives, negatives, expected):
 
 
 @pytest.mark.parametrize("negatives", [7, 99, 100, 250])
-def test_both_are_those_of_scikit_learn(negatives):
+def test_both_are_those_of_all_pairs_and_thresholds(negatives):
     generator = np.random.default_rng(negatives)
     for levels in (3, 9, 10_000):  # many ties, some, hardly any
         sides = (
             generator.integers(0, levels, 40) + levels // 4,
             generator.integers(0, levels, negatives),
         )
-        assert (auroc(*sides), tpr_at_fpr(*sides)) == pytest.approx(
-            of_scikit_learn(*sides), abs=1e-12
-        )
+        assert (auroc(*sides), tpr_at_fpr(*sides)) == pytest.approx(by_pairs(*sides), abs=1e-12)
 
 
 def test_of_nothing_there_is_nothing():
     nothing, something = np.array([]), np.array([1.0, 2.0])
-    for statistic in (auroc, tpr_at_fpr, auroc_interval, tpr_at_fpr_interval):
-        assert statistic(nothing, something) is None
-        assert statistic(something, nothing) is None
+    assert separated(nothing, something) is None
+    assert separated(something, nothing) is None
 
 
 def test_tpr_stays_at_or_below_the_false_positive_rate():
@@ -74,7 +80,7 @@ def test_tpr_stays_at_or_below_the_false_positive_rate():
 def test_intervals_of_four_images_by_enumeration():
     """3 and 1 against 2 and 0: of 16 resamples 1 has an AUROC of 0 and 7 have 1, as of the TPR."""
     sides = np.array([3.0, 1.0]), np.array([2.0, 0.0])
-    area, rate = auroc_interval(*sides), tpr_at_fpr_interval(*sides)
+    area, rate = auroc_interval(*sides), tpr_interval(*sides)
     assert (area.value, area.low, area.high) == (0.75, 0, 1)
     assert (rate.value, rate.low, rate.high) == (0.5, 0, 1)
 
@@ -82,11 +88,11 @@ def test_intervals_of_four_images_by_enumeration():
 def test_intervals_are_those_of_scipy_up_to_chance():
     generator = np.random.default_rng(5)
     sides = generator.integers(4, 40, 40).astype(float), generator.integers(0, 30, 60).astype(float)
-    found = auroc_interval(*sides), tpr_at_fpr_interval(*sides)
+    found = auroc_interval(*sides), tpr_interval(*sides)
     for place, interval in enumerate(found):
         reference = bootstrap(
             sides,
-            lambda *drawn, place=place: of_scikit_learn(*drawn)[place],
+            lambda *drawn, place=place: by_pairs(*drawn)[place],
             vectorized=False,
             method="percentile",
             n_resamples=400,
@@ -96,7 +102,7 @@ def test_intervals_are_those_of_scipy_up_to_chance():
         assert interval.high - interval.low > 0.1
 
 
-@pytest.mark.parametrize("interval", [auroc_interval, tpr_at_fpr_interval])
+@pytest.mark.parametrize("interval", [auroc_interval, tpr_interval])
 def test_without_any_error_the_interval_is_that_of_eight_pairs(interval):
     """No resample errs either.
 
@@ -122,18 +128,18 @@ def test_duplicates_count_once():
     sides = APART[0], APART[1][:8]
     copies = np.repeat(np.arange(8), 5), np.repeat(np.arange(8), 5)
     repeated = np.repeat(sides[0], 5), np.repeat(sides[1], 5)
-    for interval in (auroc_interval, tpr_at_fpr_interval):
+    for interval in (auroc_interval, tpr_interval):
         assert interval(*repeated, copies) == interval(*sides)
         assert interval(*repeated).low > LEAST + 0.1  # as if they were forty images
     overlapping = sides[0] - 98, sides[1]
     repeated = np.repeat(overlapping[0], 5), np.repeat(overlapping[1], 5)
-    for interval in (auroc_interval, tpr_at_fpr_interval):
+    for interval in (auroc_interval, tpr_interval):
         together, alone = interval(*repeated, copies), interval(*repeated)
         assert together == interval(*overlapping)
         assert together.high - together.low > 1.5 * (alone.high - alone.low)
 
 
-@pytest.mark.parametrize("interval", [auroc_interval, tpr_at_fpr_interval])
+@pytest.mark.parametrize("interval", [auroc_interval, tpr_interval])
 def test_one_group_says_nothing_about_spread(interval):
     found = interval(np.array([3.0]), np.array([1.0, 2.0]))
     assert (found.value, found.low, found.high) == (1, 0, 1)

@@ -95,7 +95,7 @@ def test_a_study_ends_with_its_numbers_and_the_same_figures(tmp_path, capsys):
 
 def test_a_changed_number_fails_the_study(tmp_path, capsys):
     (tmp_path / "expected.json").write_text(json.dumps({"p": {"value": 1, "within": 0.5}}))
-    assert finish(tmp_path, tmp_path / "results", {"p": 1.75}, {}) == 1
+    assert finish(tmp_path, tmp_path / "results", {"p": 1.75}, {}, {}) == 1
     assert "p is 1.75, not in [0.5, 1.5]" in capsys.readouterr().out
 
 

@@ -16,6 +16,7 @@ from worlds import (
     Direction,
     MicroNetwork,
     PixelWorld,
+    ddim,
     linear_schedule,
     make_conditional_target,
     make_setting,
@@ -50,17 +51,6 @@ def distribution(shape: tuple[int, ...], seed: int = 0) -> GaussianNoise:
     generator = torch.Generator().manual_seed(seed)
     mean, log_variance = torch.randn(2, 1, *shape, generator=generator)
     return GaussianNoise(0.5 * mean, 0.3 * log_variance - 1)
-
-
-def ddim(predict, noise: Tensor, schedule) -> Tensor:
-    """Ten steps written out."""
-    alphas, latents = schedule.alphas_cumprod, noise
-    for at in range(999, 0, -100):
-        eps = predict(latents, torch.full((len(latents),), at))
-        clean = (latents - (1 - alphas[at]).sqrt() * eps) / alphas[at].sqrt()
-        after = alphas[at - 100] if at >= 100 else torch.tensor(1.0)
-        latents = after.sqrt() * clean + (1 - after).sqrt() * eps
-    return latents
 
 
 @pytest.mark.parametrize("basis", ["pixel", "dct"])

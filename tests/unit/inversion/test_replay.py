@@ -17,6 +17,7 @@ from worlds import (
     ConditionalNetwork,
     Direction,
     MicroNetwork,
+    ddim,
     make_conditional_target,
     make_setting,
     make_target,
@@ -80,17 +81,6 @@ def run(network, source, targets, setting, num_samples=32, **settings) -> dict[s
 
 def replayed(network, source, target, setting, **options) -> Outcome:
     return run(network, source, [target], setting, **options)[target.image_id]
-
-
-def ddim(predict, noise, schedule):
-    """Ten steps written out."""
-    alphas, latents = schedule.alphas_cumprod, noise
-    for at in range(999, 0, -100):
-        eps = predict(latents, torch.full((len(latents),), at))
-        clean = (latents - (1 - alphas[at]).sqrt() * eps) / alphas[at].sqrt()
-        after = alphas[at - 100] if at >= 100 else torch.tensor(1.0)
-        latents = after.sqrt() * clean + (1 - after).sqrt() * eps
-    return latents
 
 
 def draws_of(noise, count, seed):
