@@ -7,8 +7,8 @@ from pathlib import Path
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 _NOTE_THE_CALL = """#!/usr/bin/env bash
-printf '%s\\0' "${0##*/}" "$@" >> calls
-echo >> calls
+call=$(printf '%s\\037' "${0##*/}" "$@")
+echo "$call" >> calls # in one piece, as scripts may run two at a time
 """
 
 
@@ -23,4 +23,4 @@ def calls_of(study: str, folder: Path, *options: str) -> list[list[str]]:
     subprocess.run(["bash", script, *options], cwd=folder, check=True)
     lines = (folder / "calls").read_text().splitlines()
     (folder / "calls").unlink()
-    return [line.split("\0")[:-1] for line in lines]
+    return [line.split("\x1f")[:-1] for line in lines]

@@ -2,8 +2,8 @@
 # Three trainings that plant other icons each, and what they return by number of copies.
 set -euo pipefail
 options=("$@")
+printf '%s\n' 0 1 2 | xargs -P 2 -I{} .venv/bin/invmm-train experiment=duplication_model 'seed={}' # two at a time
 for seed in 0 1 2; do
-    .venv/bin/invmm-train experiment=duplication_model "seed=$seed"
     measure() { # MEASUREMENT OVERRIDE...
         .venv/bin/invmm experiment=duplication "dataset.seed=$seed" \
             run_dir="results/duplication/$1_$seed" "${@:2}" "${options[@]}"

@@ -7,8 +7,9 @@ measure() {
     .venv/bin/invmm experiment=membership run_dir="results/membership/$1" "${@:2}" "${options[@]}"
 }
 measure counted measurement=free_sampling measurement.num_samples=4096 seed=1
-measure trajectory inversion=trajectory
-measure adaptive inversion=adaptive 'dataset.take={duplicated:12,single:12,held_out:12}'
+for inversion in trajectory adaptive; do
+    measure "$inversion" "inversion=$inversion" 'dataset.take={duplicated:12,single:12,held_out:12}'
+done
 for score in denoising_loss secmi pia pian; do
     measure "$score" "measurement=$score"
 done

@@ -16,17 +16,17 @@ under() { # NAME REPLAYED FREE OVERRIDE...
         measurement.num_samples="$2" "${@:4}"
     measure "free_$1" measurement=free_sampling measurement.num_samples="$3" "${@:4}"
 }
-under ddim_20 64 1024
-under ddim_eta_half 64 1024 sampler.eta=0.5
-under ddim_eta_one 64 1024 sampler.eta=1
+under ddim_20 64 512
+under ddim_eta_half 64 512 sampler.eta=0.5
+under ddim_eta_one 64 512 sampler.eta=1
 for sampler in ddpm dpmsolver euler unipc; do
-    under "$sampler" 64 1024 sampler="$sampler"
+    under "$sampler" 64 512 sampler="$sampler"
 done
-under heun 64 512 sampler=heun # two evaluations a step
-under ddim_10 64 1024 sampler.num_inference_steps=10
-under ddim_50 64 1024 sampler.num_inference_steps=50
-under ddim_100 64 512 sampler.num_inference_steps=100
-under ddim_200 32 256 sampler.num_inference_steps=200
+under heun 64 256 sampler=heun # two evaluations a step
+under ddim_10 64 512 sampler.num_inference_steps=10
+under ddim_50 64 512 sampler.num_inference_steps=50
+under ddim_100 64 256 sampler.num_inference_steps=100
+under ddim_200 32 128 sampler.num_inference_steps=200
 
 guided() { # SCALE OVERRIDE...
     .venv/bin/invmm experiment=text_demo run_dir="results/sampling/guidance_$1" \
@@ -34,6 +34,6 @@ guided() { # SCALE OVERRIDE...
 }
 guided 0 prompt=empty 'sampler.guidance_scales=[1]' measurement.num_samples=512 # all of the caption left out
 for scale in 1 2 3 5 7; do
-    guided "$scale" "sampler.guidance_scales=[$scale]" measurement.num_samples=24 measurement.block_size=24
+    guided "$scale" "sampler.guidance_scales=[$scale]" measurement.num_samples=16 measurement.block_size=16
 done
 .venv/bin/python experiments/sampling/plot.py
