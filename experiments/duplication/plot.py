@@ -206,7 +206,7 @@ def copies_figure(runs: dict[str, pd.DataFrame], table: pd.DataFrame) -> Figure:
     probabilities.set_ylim(bottom=-0.2 / samples)
     probabilities.set_ylabel(f"counted probability ({samples:,} free samples)")
     shares.set_ylim(-0.03, 1.03)
-    shares.set_ylabel("share of icons with a score (exact 95 % interval)")
+    shares.set_ylabel("icons with a score (exact 95 % interval)")
     scores.set_yscale("log")
     scores.set_ylabel("score, nats per latent dimension")
     for axis in (probabilities, shares, scores):

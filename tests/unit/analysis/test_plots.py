@@ -24,7 +24,7 @@ from invmm.engine.outcomes import Evaluations, Outcome, Status
 from invmm.results.collect import collect
 from invmm.results.run_folder import RunFolder
 
-ICONS = [(copies, twin) for copies in (32, 16, 8, 4, 2, 1, 0) for twin in (0, 1)]
+ICONS = [(copies, twin) for copies in (64, 32, 16, 8, 4, 2, 1, 0) for twin in (0, 1)]
 FREE_SAMPLES = 1000
 DRAW = """
 import runpy, sys
@@ -43,7 +43,7 @@ def counted(copies: int, twin: int) -> Outcome:
     return written.outcome(
         Status.ESTIMATED if count else Status.CENSORED,
         score=None if log_p is None else -log_p / 48,
-        similarity=0.3 + copies / 64 + twin / 100,
+        similarity=0.3 + copies / 128 + twin / 100,
         tensors={"replicas": torch.arange(100 * copies % 900, 100 * copies % 900 + count)},
         columns={
             "log_p": log_p,
@@ -152,9 +152,10 @@ def test_all_figures_tables_and_numbers_come_out_alike_anywhere(tmp_path):
 @pytest.mark.parametrize(
     ("study", "run", "difference"),
     [
-        ("demo", "", "found.duplicated.found is 7, not in [8, 8]"),
-        ("text_demo", "caption", "caption.found.duplicated.found is 7, not in [8, 8]"),
-        ("calibration", "trajectory", "trajectory.likely_found is 0.75, not in [1, 1]"),
+        ("demo", "", "found.duplicated.found is 9, not in [10, 10]"),
+        ("text_demo", "caption", "caption.found.duplicated.found is 9, not in [10, 10]"),
+        ("calibration", "trajectory", "trajectory.likely_found is 0.833, not in [1, 1]"),
+        ("duplication", "adaptive_1", "adaptive.copies_64.found.value is 0.83333, not in [1, 1]"),
     ],
 )
 def test_a_changed_record_fails_the_study(study, run, difference, tmp_path, monkeypatch, capsys):
@@ -177,7 +178,7 @@ def test_a_changed_record_fails_the_study(study, run, difference, tmp_path, monk
     expected.write_text(json.dumps(values))
     assert code_of(tmp_path / study / "plot.py") == 0
     capsys.readouterr()
-    (record,) = (tmp_path / "results" / study / run).glob("records/32-0-*/record.json")
+    (record,) = (tmp_path / "results" / study / run).glob("records/64-0-*/record.json")
     content = json.loads(record.read_text()) | {"status": "NOT_REPLICATED", "score": None}
     record.write_text(json.dumps(content))
     assert code_of(tmp_path / study / "plot.py") == 1
