@@ -188,7 +188,7 @@ def separation_figure(table: pd.DataFrame) -> Figure:
             axis.plot([line["low"], line["high"]], [place, place], color=colour, linewidth=0.8)
             axis.scatter(line["auroc"], place, s=16, facecolors=face, edgecolors=colour, zorder=3)
             rate, low, high = (line[column] for column in STATISTICS[3:])
-            axis.text(1.04, place, f"{rate:.0%} ({low:.0%} to {high:.0%})", va="center", fontsize=5)
+            axis.text(1.08, place, f"{rate:.0%} ({low:.0%} to {high:.0%})", va="center", fontsize=5)
         axis.axvline(0.5, color="#999999", linewidth=0.8)
         axis.set_title(title, fontsize=7)
         axis.set_xlim(0, 1.02)

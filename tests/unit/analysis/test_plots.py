@@ -155,6 +155,7 @@ def test_all_figures_tables_and_numbers_come_out_alike_anywhere(tmp_path):
         ("demo", "", "found.duplicated.found is 9, not in [10, 10]"),
         ("text_demo", "caption", "caption.found.duplicated.found is 9, not in [10, 10]"),
         ("calibration", "trajectory", "trajectory.likely_found is 0.833, not in [1, 1]"),
+        ("membership", "adaptive", "adaptive.found.duplicated.found is 9, not in [10, 10]"),
         ("duplication", "adaptive_1", "adaptive.copies_64.found.value is 0.83333, not in [1, 1]"),
     ],
 )
