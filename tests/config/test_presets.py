@@ -59,6 +59,8 @@ FULL_SCALE = {
     ("experiment", "sdxl"): [],
     ("experiment", "duplication_cifar10"): ["model.path=google/ddpm-cifar10-32"],
     ("experiment", "training_steps_cifar10"): ["model.path=google/ddpm-cifar10-32"],
+    ("experiment", "duplication_laion"): [],
+    ("experiment", "training_steps_laion"): [],
     ("experiment", "membership_cifar10"): ["model.path=google/ddpm-cifar10-32"],
     ("experiment", "membership_celebahq"): [],
     ("experiment", "membership_laion"): [],
@@ -235,6 +237,8 @@ def test_the_published_experiments(option, expected, no_hub):
 @pytest.mark.parametrize(("option", "paper", "own"), [
     ("duplication_cifar10", "paper_cifar10", {"model", "dataset"}),
     ("training_steps_cifar10", "paper_cifar10", {"model", "dataset"}),
+    ("duplication_laion", "paper_sd14", {"prompt", "dataset"}),
+    ("training_steps_laion", "paper_sd14", {"prompt", "dataset"}),
     ("membership_cifar10", "paper_cifar10", {"model", "dataset"}),
     ("membership_celebahq", "paper_celebahq", {"dataset"}),
     ("membership_laion", "paper_sd14", {"prompt", "dataset"}),
