@@ -22,7 +22,8 @@ def test_options_reach_every_run_and_nothing_else(tmp_path, study):
     with_options, without = calls_of(study, tmp_path, *OPTIONS), calls_of(study, tmp_path)
     measured = [call for call in without if call[0] == "invmm"]
     assert measured
-    assert with_options == [[*call, *OPTIONS] if call[0] == "invmm" else call for call in without]
+    expected = [[*call, *OPTIONS] if call[0] == "invmm" else call for call in without]
+    assert sorted(with_options) == sorted(expected)  # two trainings at a time come in any order
     assert without[-1] == ["python", f"experiments/{study}/plot.py"]
 
 
