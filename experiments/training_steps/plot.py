@@ -37,9 +37,12 @@ STUDY = Path(__file__).parent
 RESULTS = Path("results/training_steps")
 MEASUREMENTS = {
     "counted": "counted: least possible",
+    "splitting": "splitting: least possible",
     "trajectory": "inversion=trajectory",
     "adaptive": "inversion=adaptive",
 }
+SPLIT_FROM = 400
+"""Step of the first checkpoint at which run.sh splits."""
 COPIES = (32, 16, 8, 4, 2, 1, 0)
 THRESHOLD = 0.5
 
@@ -50,7 +53,12 @@ Runs = dict[int, dict[str, pd.DataFrame]]
 def main() -> int:
     """Draws and checks the study."""
     runs: Runs = {
-        step: {name: read_run(run_dir(name, step)) for name in MEASUREMENTS} for step in steps()
+        step: {
+            name: read_run(run_dir(name, step))
+            for name in MEASUREMENTS
+            if name != "splitting" or step >= SPLIT_FROM
+        }
+        for step in steps()
     }
     summary = {f"step_{step:06d}": of_step(step, frames) for step, frames in runs.items()}
     tables = {"sampling": sampling_table(summary), "images": images(runs), "shares": shares(runs)}
@@ -78,8 +86,9 @@ def run_dir(measurement: str, step: int) -> Path:
 def images(runs: Runs) -> pd.DataFrame:
     """One line an image, measurement and step."""
     columns = ["image_id", "caption", "copies", "status", "score", "best_similarity"]
+    probability = ["log_p", "log_p_low", "log_p_high"]
     return pd.concat(
-        frame[columns].assign(step=step, measurement=name)
+        frame.reindex(columns=columns + probability).assign(step=step, measurement=name)
         for step, frames in runs.items()
         for name, frame in frames.items()
     )
@@ -88,10 +97,7 @@ def images(runs: Runs) -> pd.DataFrame:
 def shares(runs: Runs) -> pd.DataFrame:
     """Images with a score of those that the trajectories measured, by step and measurement."""
     return pd.concat(
-        share_table(
-            {step: of_subset(frames, name) for step, frames in runs.items()}, "step"
-        ).assign(measurement=name)
-        for name in MEASUREMENTS
+        share_table(of_subset(runs, name), "step").assign(measurement=name) for name in MEASUREMENTS
     )
 
 
@@ -135,9 +141,35 @@ def of_step(step: int, frames: dict[str, pd.DataFrame]) -> dict[str, object]:
             "failed": int(frame.status.isin(["FAILED", "DIVERGED"]).sum()),
         }
         for name, frame in frames.items()
-        if name != "counted"
+        if name in ("trajectory", "adaptive")
     }
-    return {"free_samples": int(counted.num_free_samples.max()), **by_copies, **inversions}
+    split = (
+        {"splitting": of_splitting(frames["splitting"], counted)} if "splitting" in frames else {}
+    )
+    return {
+        "free_samples": int(counted.num_free_samples.max()),
+        **by_copies,
+        **split,
+        **inversions,
+    }
+
+
+def of_splitting(split: pd.DataFrame, counted: pd.DataFrame) -> dict[str, object]:
+    """How many icons splitting gives a probability, and in how many it contradicts the count."""
+    both = split.merge(counted, on="image_id", suffixes=("", "_counted"))
+    contradicted = (both.log_p_high < both.log_p_low_counted) | (
+        both.log_p_low > both.log_p_high_counted
+    )
+    return {
+        "icons": len(split),
+        "estimated": int(split.score.notna().sum()),
+        "contradicted": int(contradicted.sum()),
+        "one_in": {
+            f"copies_{copies}": rounded(mine.one_in.median(), 1)
+            for copies, mine in of_copies(split)
+            if len(mine)
+        },
+    }
 
 
 def of_copies(frame: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame]]:
@@ -221,16 +253,16 @@ def curves(
             label=label_of(copies),
         )
         axis.scatter(*np.reshape(limits, (-1, 2)).T, s=9, facecolors="none", edgecolors=colour)
-    by_step(axis, runs)
+    by_step(axis, list(runs))
 
 
 def score_figure(runs: Runs) -> Figure:
     """Scores of the same icons over the training, and how many of them have one."""
     figure, axes = plt.subplots(
-        2, 3, figsize=(9.6, 4.6), sharex=True, sharey="row", height_ratios=[2, 1]
+        2, 4, figsize=(9.6, 4.6), sharex=True, sharey="row", height_ratios=[2, 1]
     )
     for (above, below), name in zip(axes.T, MEASUREMENTS, strict=True):
-        frames = {step: of_subset(frames, name) for step, frames in runs.items()}
+        frames = of_subset(runs, name)
         table = pd.concat(frame.assign(step=step) for step, frame in frames.items())
         for copies in COPIES:
             for _, mine in table.loc[table.copies == copies].groupby("image_id"):
@@ -246,22 +278,27 @@ def score_figure(runs: Runs) -> Figure:
         shares_of_groups(below, frames)
         above.set_yscale("log")
         above.set_title(f"{MEASUREMENTS[name]} ({len(next(iter(frames.values())))})", fontsize=8)
-        by_step(below, runs)
+        by_step(below, list(runs))
     axes[0, 0].set_ylabel("score, nats per latent dimension")
     axes[1, 0].set_ylabel("share with a score")
     return with_legend(figure, *axes[:, 0])
 
 
-def of_subset(frames: dict[str, pd.DataFrame], name: str) -> pd.DataFrame:
-    """A measurement's table; of the counts, the images that the trajectories measured."""
-    frame = frames[name]
-    return frame.loc[frame.image_id.isin(frames["trajectory"].image_id)]
+def of_subset(runs: Runs, name: str) -> dict[int, pd.DataFrame]:
+    """Step -> a measurement's table; of the counts, the images that the trajectories measured."""
+    return {
+        step: frames[name].loc[frames[name].image_id.isin(frames["trajectory"].image_id)]
+        for step, frames in runs.items()
+        if name in frames
+    }
 
 
 def shares_of_groups(axis: Axes, frames: dict[int, pd.DataFrame]) -> None:
     """Share of the images of each group with a score; the others are censored."""
     for place, group in enumerate(list(COLOURS)[:3]):
         found = [found_by_group(frame)[group] for frame in frames.values()]
+        if not any(one["of"] for one in found):
+            continue
         share = np.array([one["found"] / max(one["of"], 1) for one in found])
         ends = np.array([[one["low"], one["high"]] for one in found]).T
         axis.errorbar(
@@ -277,10 +314,10 @@ def shares_of_groups(axis: Axes, frames: dict[int, pd.DataFrame]) -> None:
         )
 
 
-def by_step(axis: Axes, runs: Runs) -> None:
+def by_step(axis: Axes, steps: list[int]) -> None:
     """The axis of training steps."""
     axis.set_xscale("log")
-    axis.set_xticks(list(runs), [str(step) for step in runs], fontsize=7)
+    axis.set_xticks(steps, [str(step) for step in steps], fontsize=6)
     axis.minorticks_off()
     axis.set_xlabel("training step")
 
