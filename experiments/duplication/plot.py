@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
+from invmm.analysis.sheet import EMPTY, Row, Tile, image_and_closest, sheet
 from invmm.analysis.statistics import Estimate, memorization_order, proportion
 from invmm.analysis.study import finish, read_run, rounded, shown_estimate
-from invmm.analysis.style import COLOURS, style
+from invmm.analysis.style import COLOURS, LABELS, one_line, style
 from invmm.results.collect import has_score, is_censored
 
 STUDY = Path(__file__).parent
@@ -38,7 +39,10 @@ def main() -> int:
     summary = {name: of_measurement(name, frame, table) for name, frame in runs.items()}
     summary["same_icon"] = same_icon(runs["counted"])
     with style():
-        figures = {"copies": copies_figure(runs, table)}
+        figures = {
+            "copies": copies_figure(runs, table),
+            "icons": icon_sheet(runs["counted"]),
+        }
         tables = {"images": images(runs), "estimates": table}
         return finish(STUDY, RESULTS, summary, figures, tables)
 
@@ -217,6 +221,25 @@ def copies_figure(runs: dict[str, pd.DataFrame], table: pd.DataFrame) -> Figure:
         *shares.get_legend_handles_labels(), loc="upper center", ncols=3, frameon=False, fontsize=8
     )
     return figure
+
+
+def icon_sheet(counted: pd.DataFrame) -> Figure:
+    """The first icon of each training and number of copies, beside the closest free sample."""
+    rows = []
+    for copies in reversed(COPIES):
+        tiles: list[Tile] = []
+        for seed in TRAININGS:
+            mine = counted.loc[(counted.training == seed) & (counted.copies == copies)]
+            if mine.empty:
+                tiles += [EMPTY, EMPTY]
+                continue
+            icon = mine.iloc[0]
+            image, closest = image_and_closest(RESULTS / f"counted_{seed}", icon)
+            tiles += [replace(image, title=one_line(str(icon.caption), 14)), closest]
+        name = f"{copies} copies" if copies > 1 else LABELS["single" if copies else "held_out"]
+        rows.append(Row(tiles=tiles, name=name))
+    columns = [name for seed in TRAININGS for name in (f"training {seed}", "its closest")]
+    return sheet(columns, rows)
 
 
 def icons(

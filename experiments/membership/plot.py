@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -11,6 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from invmm.analysis.separation import contrast
+from invmm.analysis.sheet import EMPTY, Row, image_and_closest, sheet
 from invmm.analysis.statistics import image_groups, rank_correlation
 from invmm.analysis.study import finish, found_by_group, read_run, rounded
 from invmm.analysis.style import COLOURS, LABELS, style
@@ -23,6 +26,8 @@ MEMORIZATION = ("counted", "trajectory", "adaptive")
 MEMBERSHIP = ("denoising_loss", "secmi", "pia", "pian")
 CONTROL = "png_bytes"
 STATISTICS = ("auroc", "low", "high", "tpr_at_fpr_1", "tpr_at_fpr_1_low", "tpr_at_fpr_1_high")
+NUM_SHOWN = 6
+"""Icons of each group in the sheet of pictures."""
 CONTRASTS = {
     "member_held_out": "trained on, against held out",
     "single_held_out": "one copy, against held out",
@@ -40,11 +45,18 @@ def main() -> int:
     summary = {name: of_score(name, frame, runs, table) for name, frame in runs.items()}
     joined = with_counts(runs["denoising_loss"], runs["counted"])
     samples = int(runs["counted"].num_free_samples.max())
-    tables = {"loss_and_probability": joined, "separations": table}
+    best_known = least_losses(runs["denoising_loss"], runs["counted"])
+    columns = ["image_id", "caption", "copies", "loss", "count", "num_free_samples"]
+    tables = {
+        "loss_and_probability": joined,
+        "separations": table,
+        "icons": best_known[[*columns, "best_similarity"]],
+    }
     with style():
         figures = {
             "loss_and_probability": loss_figure(joined, samples),
             "separations": separation_figure(table),
+            "icons": icon_sheet(best_known),
         }
         return finish(STUDY, RESULTS, summary, figures, tables)
 
@@ -196,6 +208,33 @@ def separation_figure(table: pd.DataFrame) -> Figure:
     axes[0].set_yticks(-np.arange(len(names)), names)
     figure.tight_layout()
     return figure
+
+
+def least_losses(losses: pd.DataFrame, counted: pd.DataFrame) -> pd.DataFrame:
+    """Counts of the icons of least denoising loss, best known to the model, of each group."""
+    known = losses.set_index("image_id").score.rename("loss")
+    joined = counted.loc[counted["count"].notna()].join(known, on="image_id", how="inner")
+    joined = joined.sort_values(["loss", "image_id"])
+    return joined.groupby(image_groups(joined), sort=False).head(NUM_SHOWN)
+
+
+def icon_sheet(best_known: pd.DataFrame) -> Figure:
+    """The icons best known to the model, and what returns of them.
+
+    Above an icon stands its loss, above the closest free sample how many are replicas.
+    """
+    blocks = []
+    for group, colour in list(COLOURS.items())[:3]:
+        block = []
+        for _, icon in best_known.loc[image_groups(best_known) == group].iterrows():
+            image, closest = image_and_closest(RESULTS / "counted", icon)
+            image = replace(image, title=f"loss {icon['loss']:.3f}", colour=colour)
+            closest = replace(closest, title=f"{icon['count']:,} of {icon.num_free_samples:,}")
+            block.append((image, closest))
+        blocks.append(block + [(EMPTY, EMPTY)] * (NUM_SHOWN - len(block)))
+    rows = [Row(tiles=[*chain(*line)]) for line in zip(*blocks, strict=True)]
+    groups = list(LABELS.values())[:3]
+    return sheet([name for group in groups for name in (group, "closest sample")], rows)
 
 
 def colour_of(score: str) -> str:

@@ -11,9 +11,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from invmm.analysis.sheet import Row, image_and_closest, sheet
 from invmm.analysis.statistics import Proportion, proportion
 from invmm.analysis.study import finish, found_by_group, read_run, rounded
-from invmm.analysis.style import COLOURS, LABELS, style
+from invmm.analysis.style import COLOURS, LABELS, one_line, style
 from invmm.results.records import read_replicas
 
 STUDY = Path(__file__).parent
@@ -74,8 +75,14 @@ def main() -> int:
     )
     print(table.to_string(index=False))
     with style():
-        figures = {"samplers": sampler_figure(rates, icons), "guidance": guidance_figure(rates)}
-        return finish(STUDY, RESULTS, summary, figures, {"rates": table, "icons": icons})
+        figures = {
+            "samplers": sampler_figure(rates, icons),
+            "guidance": guidance_figure(rates),
+            "icons": icon_sheet(guided),
+        }
+        is_guided = table.what.str.startswith("guidance")
+        tables = {"samplers": table[~is_guided], "guidance": table[is_guided], "icons": icons}
+        return finish(STUDY, RESULTS, summary, figures, tables)
 
 
 def replay_rate(frame: pd.DataFrame) -> Proportion:
@@ -182,6 +189,23 @@ def guidance_figure(rates: Rates) -> Figure:
     figure.tight_layout(rect=(0, 0, 1, 0.92))
     figure.legend(loc="upper center", ncols=2, frameon=False, fontsize=7)
     return figure
+
+
+def icon_sheet(guided: dict[str, pd.DataFrame]) -> Figure:
+    """The first two icons of each group beside the closest sample at each guidance scale."""
+    first = guided["guidance_1"]
+    rows = []
+    for fewest, most, name, colour in GROUPS.values():
+        mine = first.loc[first.copies.between(fewest, most)].head(2)
+        for _, icon in mine.iterrows():
+            tiles = [
+                image_and_closest(RESULTS / run, frame.set_index("image_id").loc[icon.image_id])
+                for run, frame in guided.items()
+            ]
+            closest = [sample for _, sample in tiles]
+            caption = f"{one_line(str(icon.caption), 22)}\n{name}"
+            rows.append(Row(tiles=[tiles[0][0], *closest], name=caption, colour=colour))
+    return sheet(["icon", "no caption", *(f"guidance {scale}" for scale in SCALES[1:])], rows)
 
 
 def draw(

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from invmm.analysis.sheet import Row, image_and_closest, sheet
 from invmm.analysis.statistics import (
     Estimate,
     Proportion,
@@ -31,7 +32,7 @@ from invmm.analysis.study import (
     shown_estimate,
 )
 from invmm.analysis.style import COLOURS, LABELS, one_line, style
-from invmm.results.records import read_pictures, read_replicas
+from invmm.results.records import read_replicas
 
 STUDY = Path(__file__).parent
 RESULTS = Path("results/training_steps")
@@ -64,7 +65,7 @@ def main() -> int:
     tables = {"sampling": sampling_table(summary), "images": images(runs), "shares": shares(runs)}
     with style():
         figures = {
-            "icons": icon_figure(runs),
+            "icons": icon_sheet(runs),
             "sampling": sampling_figure(runs),
             "scores": score_figure(runs),
         }
@@ -260,39 +261,24 @@ def curves(
     by_step(axis, list(runs))
 
 
-def icon_figure(runs: Runs) -> Figure:
+def icon_sheet(runs: Runs) -> Figure:
     """An icon of each number of copies beside the closest free sample of each checkpoint."""
     last = list(runs.values())[-1]
     measured = last["counted"].loc[last["counted"].image_id.isin(last["trajectory"].image_id)]
-    rows = [mine.iloc[0] for _, mine in of_copies(measured) if len(mine)]
-    figure, axes = plt.subplots(
-        len(rows), 1 + len(runs), figsize=(0.8 * (1 + len(runs)) + 1.2, 0.95 * len(rows) + 0.4)
-    )
-    figure.subplots_adjust(left=0.2, right=0.99, bottom=0.01, top=0.94, hspace=0.35)
-    for line, icon in zip(axes, rows, strict=True):
-        line[0].set_ylabel(
-            f"{one_line(icon.caption, 22)}\n{label_of(icon.copies)}",
-            rotation=0,
-            ha="right",
-            va="center",
-            fontsize=7,
-            color=colour_of(icon.copies),
-            parse_math=False,
-        )
-        for axis, (step, frames) in zip(line[1:], runs.items(), strict=True):
-            record = frames["counted"].set_index("image_id").loc[icon.image_id].to_dict()
-            target, closest, *_ = read_pictures(run_dir("counted", step), record)
-            line[0].imshow(target, interpolation="nearest")
-            axis.imshow(closest, interpolation="nearest")
-            is_replica = record["best_similarity"] >= THRESHOLD
-            axis.set_title(f"{record['best_similarity']:.2f}", fontsize=7, pad=2)
-            axis.spines[:].set(visible=is_replica, color="black", linewidth=2)
-        for axis in line:
-            axis.set(xticks=[], yticks=[])
-        line[0].spines[:].set_visible(False)
-    for axis, name in zip(axes[0], ("icon", *(f"step {step}" for step in runs)), strict=True):
-        axis.annotate(name, (0.5, 1.28), xycoords="axes fraction", ha="center", fontsize=7)
-    return figure
+    rows = []
+    for copies, mine in of_copies(measured):
+        for _, icon in mine.head(1).iterrows():
+            tiles = [
+                image_and_closest(
+                    run_dir("counted", step),
+                    frames["counted"].set_index("image_id").loc[icon.image_id],
+                )
+                for step, frames in runs.items()
+            ]
+            name = f"{one_line(str(icon.caption), 22)}\n{label_of(copies)}"
+            closest = [sample for _, sample in tiles]
+            rows.append(Row(tiles=[tiles[0][0], *closest], name=name, colour=colour_of(copies)))
+    return sheet(["icon", *(f"step {step:,}" for step in runs)], rows)
 
 
 def score_figure(runs: Runs) -> Figure:

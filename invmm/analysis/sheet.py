@@ -1,0 +1,109 @@
+"""Sheets of pictures for the studies: images beside what a model drew, where looking says more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from invmm.results.records import read_pictures
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+_TILE_INCHES = 0.95
+_NAME_INCHES = 1.5
+_HEAD_INCHES = 0.4
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tile:
+    """One picture.
+
+    Attributes:
+        picture: (H, W, 3) uint8; None leaves its place empty.
+        title: above it.
+        colour: of the title.
+        framed: in black, as a replica.
+    """
+
+    picture: np.ndarray | None
+    title: str = ""
+    colour: str = "black"
+    framed: bool = False
+
+
+EMPTY = Tile(picture=None)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Row:
+    """Pictures side by side.
+
+    Attributes:
+        tiles: as many as the sheet has columns.
+        name: at their left, in lines.
+        colour: of the name.
+    """
+
+    tiles: Sequence[Tile]
+    name: str = ""
+    colour: str = "black"
+
+
+def image_and_closest(run_dir: Path, record: pd.Series) -> tuple[Tile, Tile]:
+    """An image, and the closest free sample with its similarity, framed if any is a replica.
+
+    Args:
+        run_dir: of a run that counted replicas.
+        record: of the image, a row of its score table.
+    """
+    image, closest = (*read_pictures(run_dir, record.to_dict()), None, None)[:2]
+    if closest is None:
+        return Tile(picture=image), EMPTY
+    title = f"{record['best_similarity']:.2f}"
+    returned = bool(record["count"] > 0)
+    return Tile(picture=image), Tile(picture=closest, title=title, framed=returned)
+
+
+def sheet(columns: Sequence[str], rows: Sequence[Row]) -> Figure:
+    """A figure of all rows, below the names of the columns."""
+    import matplotlib.pyplot as plt
+
+    names = _NAME_INCHES if any(row.name for row in rows) else 0.1
+    width, height = names + _TILE_INCHES * len(columns), _TILE_INCHES * len(rows) + _HEAD_INCHES
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=(width, height), squeeze=False)
+    figure.subplots_adjust(
+        left=names / width,
+        right=1,
+        bottom=0,
+        top=1 - _HEAD_INCHES / height,
+        wspace=0.08,
+        hspace=0.35,
+    )
+    for line, row in zip(axes, rows, strict=True):
+        for axis, tile in zip(line, row.tiles, strict=True):
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set(
+                visible=tile.picture is not None,
+                linewidth=2 if tile.framed else 0.5,
+                edgecolor="black" if tile.framed else "#CCCCCC",
+            )
+            if tile.picture is not None:
+                axis.imshow(tile.picture, interpolation="nearest")
+            axis.set_title(tile.title, fontsize=7, pad=2, color=tile.colour, parse_math=False)
+        line[0].set_ylabel(
+            row.name,
+            rotation=0,
+            ha="right",
+            va="center",
+            fontsize=7,
+            color=row.colour,
+            parse_math=False,
+        )
+    for axis, name in zip(axes[0], columns, strict=True):
+        axis.annotate(name, (0.5, 1.3), xycoords="axes fraction", ha="center", fontsize=7)
+    return figure
