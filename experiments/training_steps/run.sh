@@ -16,6 +16,6 @@ for model in results/training_steps/model/step_*; do
             measurement.repeats=2 'dataset.take={duplicated:5,single:0,held_out:0}'
     fi
     measure trajectory "$model" inversion=trajectory
-    measure adaptive "$model" inversion=adaptive 'dataset.take={duplicated:5,single:2,held_out:2}'
+    measure adaptive "$model" inversion=adaptive
 done
 .venv/bin/python experiments/training_steps/plot.py
