@@ -102,7 +102,7 @@ STUDIES = sorted(path.parent.name for path in EXPERIMENTS.glob("*/plot.py"))
 def write_study(folder: Path, study: str) -> None:
     """The records of all runs that its run.sh makes, below results/ in a working folder."""
     if study == "training_steps":
-        for step in (200, 1700):  # one before splitting begins, one after
+        for step in (200, 400, 800, 1200, 1700):  # splitting begins at 400
             (folder / f"results/training_steps/model/step_{step:06d}").mkdir(parents=True)
     for command, *overrides in calls_of(study, folder):
         if command != "invmm":
@@ -157,6 +157,11 @@ def test_all_figures_tables_and_numbers_come_out_alike_anywhere(tmp_path):
         ("calibration", "trajectory", "trajectory.likely_found is 0.833, not in [1, 1]"),
         ("membership", "adaptive", "adaptive.found.duplicated.found is 9, not in [10, 10]"),
         ("sampling", "trajectory", "found.found is 9, not in [10, 10]"),
+        (
+            "training_steps",
+            "adaptive_001700",
+            "step_001700.adaptive.found.duplicated.found is 9, not in [10, 10]",
+        ),
         ("duplication", "adaptive_1", "adaptive.copies_64.found.value is 0.83333, not in [1, 1]"),
     ],
 )
