@@ -50,7 +50,8 @@ study: $(READY)  ## make study STUDY=name [OPTIONS='logger=wandb logger.mode=off
 
 figures: $(READY)  ## draw the figures of all studies again, from the saved records of those that ran
 	@for plot in experiments/*/plot.py; do \
-		test ! -d "results/$$(basename $$(dirname $$plot))" || $(PYTHON) $$plot || exit 1; done
+		study=$$(basename $$(dirname $$plot)); \
+		test ! -f "results/$$study/summary.json" || $(PYTHON) $$plot || exit 1; done
 
 clean:  ## remove .venv and caches; results stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -62,3 +62,26 @@ def test_make_study_publishes_what_is_to_be_shown():
     ]
     assert "publish.py" not in recipe()
     assert "publish.py" not in recipe("OPTIONS=logger=csv")
+
+
+def test_make_figures_draws_the_studies_that_ran(tmp_path):
+    """A study's model alone, which others measure too, is no study that ran."""
+    commands = tmp_path / ".venv" / "bin"
+    commands.mkdir(parents=True)
+    (tmp_path / ".venv" / ".ready").touch()
+    (commands / "python").write_text('#!/usr/bin/env bash\necho "$@"\n')
+    (commands / "python").chmod(0o755)
+    (tmp_path / "experiments").symlink_to(EXPERIMENTS)
+    for study in ("demo/model", "membership", "sampling"):
+        (tmp_path / "results" / study).mkdir(parents=True)
+    for study in ("membership", "sampling"):
+        (tmp_path / "results" / study / "summary.json").touch()
+    command = ["make", "-f", ROOT / "Makefile", "-o", ".venv/.ready", "figures"]
+    environment = {k: v for k, v in os.environ.items() if k != "MAKEFLAGS"}
+    drawn = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert drawn.splitlines() == [
+        "experiments/membership/plot.py",
+        "experiments/sampling/plot.py",
+    ]
