@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 from invmm.analysis.sheet import EMPTY, Row, Tile, image_and_closest, sheet
 from invmm.analysis.statistics import Estimate, memorization_order, proportion
 from invmm.analysis.study import finish, read_run, rounded, shown_estimate
-from invmm.analysis.style import COLOURS, LABELS, one_line, style
+from invmm.analysis.style import COLOURS, copies_label, one_line, style
 from invmm.results.collect import has_score, is_censored
 
 STUDY = Path(__file__).parent
@@ -236,8 +236,7 @@ def icon_sheet(counted: pd.DataFrame) -> Figure:
             icon = mine.iloc[0]
             image, closest = image_and_closest(RESULTS / f"counted_{seed}", icon)
             tiles += [replace(image, title=one_line(str(icon.caption), 14)), closest]
-        name = f"{copies} copies" if copies > 1 else LABELS["single" if copies else "held_out"]
-        rows.append(Row(tiles=tiles, name=name))
+        rows.append(Row(tiles=tiles, name=copies_label(copies)))
     columns = [name for seed in TRAININGS for name in (f"training {seed}", "its closest")]
     return sheet(columns, rows)
 

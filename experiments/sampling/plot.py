@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from invmm.analysis.sheet import Row, image_and_closest, sheet
+from invmm.analysis.sheet import Row, image_over_runs, sheet
 from invmm.analysis.statistics import Proportion, proportion
 from invmm.analysis.study import finish, found_by_group, read_run, rounded
 from invmm.analysis.style import COLOURS, LABELS, one_line, style
@@ -194,17 +194,14 @@ def guidance_figure(rates: Rates) -> Figure:
 def icon_sheet(guided: dict[str, pd.DataFrame]) -> Figure:
     """The first two icons of each group beside the closest sample at each guidance scale."""
     first = guided["guidance_1"]
+    runs = {RESULTS / run: frame for run, frame in guided.items()}
     rows = []
     for fewest, most, name, colour in GROUPS.values():
         mine = first.loc[first.copies.between(fewest, most)].head(2)
         for _, icon in mine.iterrows():
-            tiles = [
-                image_and_closest(RESULTS / run, frame.set_index("image_id").loc[icon.image_id])
-                for run, frame in guided.items()
-            ]
-            closest = [sample for _, sample in tiles]
             caption = f"{one_line(str(icon.caption), 22)}\n{name}"
-            rows.append(Row(tiles=[tiles[0][0], *closest], name=caption, colour=colour))
+            tiles = image_over_runs(runs, str(icon.image_id))
+            rows.append(Row(tiles=tiles, name=caption, colour=colour))
     return sheet(["icon", "no caption", *(f"guidance {scale}" for scale in SCALES[1:])], rows)
 
 

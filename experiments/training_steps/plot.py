@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from invmm.analysis.sheet import Row, image_and_closest, sheet
+from invmm.analysis.sheet import Row, image_over_runs, sheet
 from invmm.analysis.statistics import (
     Estimate,
     Proportion,
@@ -31,7 +31,7 @@ from invmm.analysis.study import (
     share_table,
     shown_estimate,
 )
-from invmm.analysis.style import COLOURS, LABELS, one_line, style
+from invmm.analysis.style import COLOURS, LABELS, copies_label, one_line, style
 from invmm.results.records import read_replicas
 
 STUDY = Path(__file__).parent
@@ -255,7 +255,7 @@ def curves(
             linewidth=0.8,
             elinewidth=0.5,
             color=colour,
-            label=label_of(copies),
+            label=copies_label(copies),
         )
         axis.scatter(*np.reshape(limits, (-1, 2)).T, s=9, facecolors="none", edgecolors=colour)
     by_step(axis, list(runs))
@@ -265,19 +265,13 @@ def icon_sheet(runs: Runs) -> Figure:
     """An icon of each number of copies beside the closest free sample of each checkpoint."""
     last = list(runs.values())[-1]
     measured = last["counted"].loc[last["counted"].image_id.isin(last["trajectory"].image_id)]
+    counted = {run_dir("counted", step): frames["counted"] for step, frames in runs.items()}
     rows = []
     for copies, mine in of_copies(measured):
         for _, icon in mine.head(1).iterrows():
-            tiles = [
-                image_and_closest(
-                    run_dir("counted", step),
-                    frames["counted"].set_index("image_id").loc[icon.image_id],
-                )
-                for step, frames in runs.items()
-            ]
-            name = f"{one_line(str(icon.caption), 22)}\n{label_of(copies)}"
-            closest = [sample for _, sample in tiles]
-            rows.append(Row(tiles=[tiles[0][0], *closest], name=name, colour=colour_of(copies)))
+            name = f"{one_line(str(icon.caption), 22)}\n{copies_label(copies)}"
+            tiles = image_over_runs(counted, str(icon.image_id))
+            rows.append(Row(tiles=tiles, name=name, colour=colour_of(copies)))
     return sheet(["icon", *(f"step {step:,}" for step in runs)], rows)
 
 
@@ -299,7 +293,9 @@ def score_figure(runs: Runs) -> Figure:
                     linewidth=0.8,
                     color=colour_of(copies),
                 )
-            above.plot([], [], "o-", markersize=3, color=colour_of(copies), label=label_of(copies))
+            above.plot(
+                [], [], "o-", markersize=3, color=colour_of(copies), label=copies_label(copies)
+            )
         shares_of_groups(below, frames)
         above.set_yscale("log")
         above.set_title(f"{MEASUREMENTS[name]} ({len(next(iter(frames.values())))})", fontsize=8)
@@ -371,13 +367,6 @@ def colour_of(copies: int) -> str:
     if copies <= 1:
         return COLOURS["single" if copies else "held_out"]
     return to_hex(colormaps["YlOrBr"](0.3 + 0.14 * np.log2(copies)))
-
-
-def label_of(copies: int) -> str:
-    """For the legend."""
-    if copies <= 1:
-        return LABELS["single" if copies else "held_out"]
-    return f"{copies} copies"
 
 
 if __name__ == "__main__":

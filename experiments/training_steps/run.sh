@@ -10,7 +10,7 @@ measure() { # MEASUREMENT CHECKPOINT OVERRIDE...
 for model in results/training_steps/model/step_*; do
     measure counted "$model" measurement=free_sampling measurement.num_samples=2048 seed=1 \
         dataset.take=null
-    # Before, no icon comes back that could be climbed to; in two repeats, for time.
+    # From where planted icons begin to come back, and in two repeats: for time.
     if ((10#${model##*_} >= 400)); then
         measure splitting "$model" measurement=probability measurement.bank_size=1024 \
             measurement.repeats=2 'dataset.take={duplicated:5,single:0,held_out:0}'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,6 +67,20 @@ def image_and_closest(run_dir: Path, record: pd.Series) -> tuple[Tile, Tile]:
     title = f"{record['best_similarity']:.2f}"
     returned = bool(record["count"] > 0)
     return Tile(picture=image), Tile(picture=closest, title=title, framed=returned)
+
+
+def image_over_runs(runs: Mapping[Path, pd.DataFrame], image_id: str) -> list[Tile]:
+    """An image, then its closest free sample in each of several runs.
+
+    Args:
+        runs: folder -> score table of runs that counted its replicas.
+        image_id: of the image.
+    """
+    tiles = [
+        image_and_closest(run_dir, frame.set_index("image_id").loc[image_id])
+        for run_dir, frame in runs.items()
+    ]
+    return [tiles[0][0], *(closest for _, closest in tiles)]
 
 
 def sheet(columns: Sequence[str], rows: Sequence[Row]) -> Figure:

@@ -25,6 +25,13 @@ LABELS = {
 }
 
 
+def copies_label(copies: int) -> str:
+    """How often an image stood in the training set, for a legend."""
+    if copies <= 1:
+        return LABELS["single" if copies else "held_out"]
+    return f"{copies} copies"
+
+
 def one_line(text: str, width: int) -> str:
     """A caption or id of any origin, printable and at most `width` characters."""
     printable = "".join(char if char.isprintable() else "?" for char in text)
