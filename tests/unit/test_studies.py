@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 from studies import EXPERIMENTS, calls_of
@@ -38,22 +39,18 @@ def test_a_logger_leaves_a_run_what_it_is(tmp_path, study):
     assert len(digests) == 1
 
 
+def make(*arguments: str, cwd: Path = ROOT) -> str:
+    """What `make` prints, the same whether another make runs these tests or not."""
+    command = ["make", "--no-print-directory", "-f", ROOT / "Makefile", "-o", ".venv/.ready"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
+    return subprocess.run(
+        [*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
 def test_make_study_publishes_what_is_to_be_shown():
     def recipe(*variables: str) -> str:
-        command = [
-            "make",
-            "-n",
-            "--no-print-directory",
-            "-o",
-            ".venv/.ready",
-            "study",
-            "STUDY=demo",
-            *variables,
-        ]
-        environment = {k: v for k, v in os.environ.items() if k != "MAKEFLAGS"}
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-        ).stdout
+        return make("-n", "study", "STUDY=demo", *variables)
 
     shown = recipe("OPTIONS=logger=wandb logger.mode=offline").splitlines()
     assert shown[-2:] == [
@@ -76,12 +73,7 @@ def test_make_figures_draws_the_studies_that_ran(tmp_path):
         (tmp_path / "results" / study).mkdir(parents=True)
     for study in ("membership", "sampling"):
         (tmp_path / "results" / study / "summary.json").touch()
-    command = ["make", "-f", ROOT / "Makefile", "-o", ".venv/.ready", "figures"]
-    environment = {k: v for k, v in os.environ.items() if k != "MAKEFLAGS"}
-    drawn = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    assert drawn.splitlines() == [
+    assert make("figures", cwd=tmp_path).splitlines() == [
         "experiments/membership/plot.py",
         "experiments/sampling/plot.py",
     ]
