@@ -83,7 +83,7 @@ def of_splitting(frame: pd.DataFrame, counted: pd.DataFrame) -> dict[str, object
     )
     seen = frame.loc[frame.counted_log_p.notna() & frame.log_p.notna()]
     return {
-        "images": len(frame),
+        **cost(frame),
         "countable": len(known),
         "estimated": len(estimated),
         "error_median": rounded(errors.median()),
@@ -92,7 +92,8 @@ def of_splitting(frame: pd.DataFrame, counted: pd.DataFrame) -> dict[str, object
         "intervals_overlap": rounded(overlap.mean()),
         "spearman_countable": rounded(rank_correlation(estimated, counted, tie_break=True)),
         "spearman_seen": rounded(rank_correlation(seen, counted, tie_break=True)),
-        **cost(frame),
+        "cost_of_countable": cost(known),
+        "cost_of_countable_split": cost(known.loc[known.method == "split"]),
     }
 
 
@@ -107,7 +108,7 @@ def of_inversion(frame: pd.DataFrame, counted: pd.DataFrame) -> dict[str, object
         for rate, (_, row) in zip(rates, scored.iterrows(), strict=True)
     ]
     return {
-        "images": len(frame),
+        **cost(frame),
         "found": found_by_group(frame),
         "likely": len(likely),
         "likely_found": rounded(likely.score.notna().mean()),
@@ -117,7 +118,7 @@ def of_inversion(frame: pd.DataFrame, counted: pd.DataFrame) -> dict[str, object
         "tightness_median": rounded(float(np.median(tight)) if tight else None, 1),
         "spearman_with_p": rounded(rank_correlation(frame, counted, tie_break=True)),
         "spearman_with_p_score_alone": rounded(rank_correlation(frame, counted, tie_break=False)),
-        **cost(frame),
+        "cost_of_found": cost(frame.loc[frame.score.notna()]),
     }
 
 
@@ -168,12 +169,16 @@ def between(seeds: list[pd.DataFrame]) -> dict[str, object]:
     return {"images": len(shared), "spearman": [rounded(value) for value in of_pairs]}
 
 
-def cost(frame: pd.DataFrame) -> dict[str, float | None]:
-    """Of an image, the bank that all of them share not counted."""
+def cost(frame: pd.DataFrame) -> dict[str, float | int | None]:
+    """Of an image, the bank that all of them share not counted; seconds of one core."""
+    evaluations, seconds = frame.evaluations, frame.busy_seconds
     return {
-        "evaluations_median": float(frame.evaluations.median()),
-        "evaluations_largest": float(frame.evaluations.max()),
-        "seconds_median": rounded(frame.busy_seconds.median(), 1),
+        "images": len(frame),
+        "evaluations_median": float(evaluations.median()),
+        "evaluations_largest": float(evaluations.max()),
+        "seconds_median": rounded(seconds.median(), 1),
+        "seconds_mean": rounded(seconds.mean(), 1),
+        "seconds_largest": rounded(seconds.max(), 1),
     }
 
 
