@@ -50,6 +50,7 @@ def counted(copies: int, twin: int) -> Outcome:
             "log_p_low": None if log_p is None else log_p - 0.5,
             "log_p_high": math.log(0.0037) if log_p is None else log_p + 0.5,
             "one_in": None if log_p is None else math.exp(-log_p),
+            "method": "counted",
             "count": count,
             "num_free_samples": FREE_SAMPLES,
         },
