@@ -174,8 +174,8 @@ def cost(frame: pd.DataFrame) -> dict[str, float | int | None]:
     evaluations, seconds = frame.evaluations, frame.busy_seconds
     return {
         "images": len(frame),
-        "evaluations_median": float(evaluations.median()),
-        "evaluations_largest": float(evaluations.max()),
+        "evaluations_median": rounded(evaluations.median(), 1),
+        "evaluations_largest": rounded(evaluations.max(), 1),
         "seconds_median": rounded(seconds.median(), 1),
         "seconds_mean": rounded(seconds.mean(), 1),
         "seconds_largest": rounded(seconds.max(), 1),
