@@ -33,7 +33,7 @@ def main() -> int:
     }
     table = pd.DataFrame([flat(name, found) for name, found in summary.items()])
     print(
-        table.drop(columns=list(table.filter(regex="_(low|high|alone)$|^tpr"))).to_string(
+        table.drop(columns=list(table.filter(regex="_(low|high|alone|least|most)$|^tpr"))).to_string(
             index=False
         )
     )
@@ -72,6 +72,8 @@ def of_variant(frame: pd.DataFrame, base: pd.DataFrame, counted: pd.DataFrame) -
         "confirmed_rate_median": rounded(frame.replication_rate[has_score(frame)].median()),
         "both_found": len(both),
         "score_against_base": rounded(ratios.median()),
+        "score_against_base_least": rounded(ratios.min()),
+        "score_against_base_most": rounded(ratios.max()),
         "evaluations_median": float(evaluations(frame).median()),
         "failed": int(frame.status.isin(["FAILED", "DIVERGED"]).sum()),
     }
@@ -104,7 +106,12 @@ def figure_of(summary: dict[str, dict]) -> Figure:
     names = list(summary)
     places = np.arange(len(names))[::-1]
     figure, (shares, ratios, costs) = plt.subplots(
-        1, 3, figsize=(7.4, 0.26 * len(names) + 1), sharey=True, width_ratios=[2, 1, 1]
+        1,
+        3,
+        figsize=(7.4, 0.26 * len(names) + 1),
+        sharey=True,
+        width_ratios=[2, 1, 1],
+        layout="constrained",
     )
     for offset, (group, colour) in zip((0.22, 0, -0.22), list(COLOURS.items())[:3], strict=True):
         found = [summary[name]["found"][group] for name in names]
@@ -123,8 +130,10 @@ def figure_of(summary: dict[str, dict]) -> Figure:
     for axis, key in ((ratios, "score_against_base"), (costs, "evaluations_median")):
         values = [summary[name][key] for name in names]
         axis.scatter([np.nan if value is None else value for value in values], places, s=12)
-        axis.set_xscale("log")
+        axis.set_xlim(left=0)
     ratios.axvline(1, color="#999999", linewidth=0.8)
+    costs.xaxis.set_major_formatter("{x:,.0f}")
+    shares.margins(y=0.02)
     shares.set_yticks(places, names)
     shares.set_xlabel("share found (exact 95 % interval)")
     ratios.set_xlabel("score / base")
