@@ -32,11 +32,8 @@ def main() -> int:
         name: of_variant(frame, runs[base_of(name)], counted) for name, frame in runs.items()
     }
     table = pd.DataFrame([flat(name, found) for name, found in summary.items()])
-    print(
-        table.drop(columns=list(table.filter(regex="_(low|high|alone|least|most)$|^tpr"))).to_string(
-            index=False
-        )
-    )
+    details = table.filter(regex="_(low|high|alone|least|most)$|^tpr")
+    print(table.drop(columns=list(details)).to_string(index=False))
     curves = {name: success_of(frame) for name, frame in runs.items()}
     tables = {
         "variants": table,
