@@ -197,37 +197,56 @@ def score_table(runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def probability_figure(frame: pd.DataFrame) -> Figure:
-    """Splitting against the count, both with 95 % intervals; never-counted images at the left."""
-    figure, axis = plt.subplots(figsize=(4.6, 4.2))
+    """Splitting against the count, with 95 % intervals; what was not seen stands at its limit."""
+    figure, axis = plt.subplots(figsize=(4.8, 4.2))
     groups = image_groups(frame)
-    floor = float(np.exp(frame.counted_log_p_high.min()))
+    unseen = frame.counted_log_p.isna()
+    floor = frame.counted_log_p_high.min()
+    p = np.exp(
+        pd.DataFrame(
+            {
+                "truth": frame.counted_log_p.fillna(floor),
+                "truth_low": frame.counted_log_p_low.where(~unseen, floor),
+                "truth_high": frame.counted_log_p_high,
+                "found": frame.log_p.fillna(frame.log_p_high),
+                "found_low": frame.log_p_low.fillna(frame.log_p_high),
+                "found_high": frame.log_p_high,
+            }
+        ).astype(float)
+    )
     for group, colour in list(COLOURS.items())[:3]:
-        mine = frame.loc[(groups == group) & frame.log_p.notna()]
-        seen = mine.counted_log_p.notna()
-        truth = np.exp(mine.counted_log_p.fillna(np.log(floor)).to_numpy(float))
-        upper = np.exp(mine.counted_log_p_high.to_numpy(float))
-        lower = np.where(seen, np.exp(mine.counted_log_p_low.fillna(0).to_numpy(float)), truth)
-        found = np.exp(mine.log_p.to_numpy(float))
+        mine = groups == group
+        truth, found = p.truth[mine], p.found[mine]
         axis.errorbar(
             truth,
             found,
-            xerr=[truth - lower, np.maximum(upper - truth, 0)],
-            yerr=[
-                found - np.exp(mine.log_p_low.to_numpy(float)),
-                np.exp(mine.log_p_high.to_numpy(float)) - found,
-            ],
+            xerr=[truth - p.truth_low[mine], p.truth_high[mine] - truth],
+            yerr=[found - p.found_low[mine], p.found_high[mine] - found],
             fmt="none",
             ecolor=colour,
             alpha=0.35,
             linewidth=0.8,
         )
-        axis.scatter(truth[seen], found[seen], s=14, color=colour, label=LABELS[group])
-        axis.scatter(truth[~seen], found[~seen], s=14, facecolors="none", edgecolors=colour)
+        axis.scatter([], [], s=14, color=colour, label=LABELS[group])
+        for marker, is_split in (("o", frame.log_p.notna()), ("v", frame.log_p.isna())):
+            for face, is_seen in ((colour, ~unseen), ("none", unseen)):
+                shown = mine & is_split & is_seen
+                axis.scatter(
+                    p.truth[shown],
+                    p.found[shown],
+                    14,
+                    edgecolors=colour,
+                    facecolors=face,
+                    marker=marker,
+                )
+    grey = "#666666"
+    axis.scatter([], [], 14, edgecolors=grey, facecolors="none", label="never counted: its limit")
+    axis.scatter([], [], 14, color=grey, marker="v", label="censored: its limit")
     axis.axline((1e-3, 1e-3), slope=1, color="#999999", linewidth=0.8)
     axis.set(xscale="log", yscale="log")
-    axis.set_xlabel("counted probability (hollow: never seen, drawn at its upper limit)")
+    axis.set_xlabel("counted probability")
     axis.set_ylabel("probability by splitting")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, fontsize=7, loc="upper left")
     return figure
 
 
