@@ -21,10 +21,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## train a small model with planted copies and find what it memorized (a quarter of an hour)
 	bash experiments/demo/run.sh
 
-test: $(READY)  ## the quick tests (six to nine minutes on two cores)
+test: $(READY)  ## the quick tests (under ten minutes on two cores)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not slow"
 
-test-all: $(READY)  ## all tests, killed and distributed runs included (ten minutes)
+test-all: $(READY)  ## all tests, killed and distributed runs included (twenty minutes)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
 
 lint: $(READY)  ## ruff and pyright
