@@ -202,18 +202,15 @@ def probability_figure(frame: pd.DataFrame) -> Figure:
     groups = image_groups(frame)
     unseen = frame.counted_log_p.isna()
     floor = frame.counted_log_p_high.min()
-    p = np.exp(
-        pd.DataFrame(
-            {
-                "truth": frame.counted_log_p.fillna(floor),
-                "truth_low": frame.counted_log_p_low.where(~unseen, floor),
-                "truth_high": frame.counted_log_p_high,
-                "found": frame.log_p.fillna(frame.log_p_high),
-                "found_low": frame.log_p_low.fillna(frame.log_p_high),
-                "found_high": frame.log_p_high,
-            }
-        ).astype(float)
-    )
+    logs = {
+        "truth": frame.counted_log_p.fillna(floor),
+        "truth_low": frame.counted_log_p_low.where(~unseen, floor),
+        "truth_high": frame.counted_log_p_high,
+        "found": frame.log_p.fillna(frame.log_p_high),
+        "found_low": frame.log_p_low.fillna(frame.log_p_high),
+        "found_high": frame.log_p_high,
+    }
+    p = pd.DataFrame(logs).astype(float).apply(np.exp)
     for group, colour in list(COLOURS.items())[:3]:
         mine = groups == group
         truth, found = p.truth[mine], p.found[mine]
