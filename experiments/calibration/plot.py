@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from itertools import combinations
 from pathlib import Path
+from typing import cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -199,8 +200,7 @@ def score_table(runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
 def probability_figure(frame: pd.DataFrame) -> Figure:
     """Splitting against the count, with 95 % intervals; what was not seen stands at its limit."""
     figure, axis = plt.subplots(figsize=(4.8, 4.2))
-    groups = image_groups(frame)
-    unseen = frame.counted_log_p.isna()
+    unseen, censored = frame.counted_log_p.isna(), frame.log_p.isna()
     floor = frame.counted_log_p_high.min()
     logs = {
         "truth": frame.counted_log_p.fillna(floor),
@@ -211,32 +211,24 @@ def probability_figure(frame: pd.DataFrame) -> Figure:
         "found_high": frame.log_p_high,
     }
     p = pd.DataFrame(logs).astype(float).apply(np.exp)
-    for group, colour in list(COLOURS.items())[:3]:
-        mine = groups == group
-        truth, found = p.truth[mine], p.found[mine]
+    for key, mine in p.groupby([image_groups(frame), unseen, censored]):
+        group, is_unseen, is_censored = cast("tuple[str, bool, bool]", key)
+        colour = COLOURS[group]
         axis.errorbar(
-            truth,
-            found,
-            xerr=[truth - p.truth_low[mine], p.truth_high[mine] - truth],
-            yerr=[found - p.found_low[mine], p.found_high[mine] - found],
-            fmt="none",
-            ecolor=colour,
-            alpha=0.35,
-            linewidth=0.8,
+            mine.truth,
+            mine.found,
+            xerr=[mine.truth - mine.truth_low, mine.truth_high - mine.truth],
+            yerr=[mine.found - mine.found_low, mine.found_high - mine.found],
+            fmt="v" if is_censored else "o",
+            markersize=4,
+            color=colour,
+            markerfacecolor="none" if is_unseen else colour,
+            ecolor=(colour, 0.35),
+            elinewidth=0.8,
         )
-        axis.scatter([], [], s=14, color=colour, label=LABELS[group])
-        for marker, is_split in (("o", frame.log_p.notna()), ("v", frame.log_p.isna())):
-            for face, is_seen in ((colour, ~unseen), ("none", unseen)):
-                shown = mine & is_split & is_seen
-                axis.scatter(
-                    p.truth[shown],
-                    p.found[shown],
-                    14,
-                    edgecolors=colour,
-                    facecolors=face,
-                    marker=marker,
-                )
-    grey = "#666666"
+    for group, colour in list(COLOURS.items())[:3]:
+        axis.scatter([], [], 14, color=colour, label=LABELS[group])
+    grey = COLOURS["unknown"]
     axis.scatter([], [], 14, edgecolors=grey, facecolors="none", label="never counted: its limit")
     axis.scatter([], [], 14, color=grey, marker="v", label="censored: its limit")
     axis.axline((1e-3, 1e-3), slope=1, color="#999999", linewidth=0.8)
