@@ -47,13 +47,13 @@ def autoencoder(channels: int = 4, **options: Any) -> Any:
     )  # fmt: skip
 
 
-def vq_autoencoder() -> Any:
+def vq_autoencoder(**scale: float) -> Any:
     """With a codebook of 32."""
     from diffusers import VQModel
 
     return VQModel(
         block_out_channels=(8, 8), latent_channels=3, vq_embed_dim=3, num_vq_embeddings=32,
-        norm_num_groups=4, sample_size=16, scaling_factor=0.7,
+        norm_num_groups=4, sample_size=16, **scale,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
 
@@ -177,7 +177,7 @@ def seeded(make: Callable[[], Any]) -> Any:
 
 
 MAKERS: dict[str, Callable[[], Any]] = {
-    "ldm vq": lambda: ldm(vq_autoencoder()),
+    "ldm vq": lambda: ldm(vq_autoencoder(scaling_factor=0.7)),
     "ldm kl": lambda: ldm(autoencoder()),
     "dit": dit,
     "sd1 epsilon": stable_diffusion,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invmm.cli.compose import compose_job, identity_of
 from invmm.cli.recipes import check_measure, plan_of
+from invmm.cli.schema import build
 from invmm.data.folder import ImageFolder
 from invmm.data.memory import MemoryImages
+from invmm.models.auto import AutoModel
 from invmm.models.borrowed import BorrowedModel
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ def measure(
         pipeline: a diffusers pipeline of a supported family, on its device.
         images: a folder, a list of Pillow images or paths, or a mapping by id.
         overrides: as on the command line, such as "inversion.num_steps=200",
-            "measurement=probability" or "prompt=caption".
+            "measurement=probability", "prompt=caption" or "model.latent_scale=1".
         prompts: captions or class labels in the shape of images; a folder brings its own.
         run_dir: where records and pictures go; by default a folder of its own in results/runs.
             The same call again goes on where it stopped.
@@ -68,6 +71,8 @@ def measure(
     )
     recipes = None
     if plain:
+        if options := build(AutoModel, plain["model"], "model", faults):
+            model = replace(model, latent_scale=options.latent_scale)
         given = {**plain, "model": model, "dataset": dataset}
         recipes = check_measure(given, faults)
     if faults or recipes is None:
@@ -75,7 +80,7 @@ def measure(
     if recipes.trainer.devices > 1:
         raise ValueError("trainer.devices must be 1: a pipeline in memory lives in one process")
     with model.as_it_was():
-        config = {**plain, "model": model.fingerprint(), "dataset": _described(dataset)}
+        config = {**plain, "model": _identity(model), "dataset": _described(dataset)}
         identity = identity_of(config)
         folder = Path(run_dir) if run_dir else None
         plan = plan_of(recipes, folder=folder, config=config, identity=identity)
@@ -91,6 +96,8 @@ def _refuse_taken(overrides: Sequence[str]) -> None:
     """Keys that the arguments give, or that would change the pipeline for good."""
     for text in overrides:
         key = text.lstrip("+").partition("=")[0]
+        if key == "model.latent_scale":
+            continue
         if key.partition(".")[0] in ("model", "dataset", "run_dir", "dry_run", "shard"):
             raise ValueError(f"{text} is not for Python: it comes from the arguments")
         if key in _CHANGES_THE_PIPELINE:
@@ -103,6 +110,11 @@ def _dataset(images: Any, prompts: Any) -> ImageFolder | MemoryImages:
             raise ValueError("prompts is for images in memory; a folder has metadata.jsonl")
         return ImageFolder(path=str(images))
     return MemoryImages.of(images, prompts)
+
+
+def _identity(model: BorrowedModel) -> dict[str, Any]:
+    scale = model.describe().latent_scale
+    return model.fingerprint() if scale is None else {**model.fingerprint(), "latent_scale": scale}
 
 
 def _described(dataset: ImageFolder | MemoryImages) -> Any:

@@ -13,7 +13,7 @@ from invmm.cli.recipes import MeasureConfig
 from invmm.data.dataset import DatasetRecipe
 from invmm.data.hub import NotReachedError
 from invmm.engine.outcomes import CostRange, Evaluations
-from invmm.models.adapter import ModelRecipe
+from invmm.models.adapter import ModelInfo, ModelRecipe
 from invmm.models.cost import CallCost
 from invmm.models.known import is_from_table
 from invmm.models.loading import fetched
@@ -171,10 +171,19 @@ def describe(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
             *_architecture(recipes.model),
             f"config digest: {digest_of(config)}",
             f"images: {plan.images:,} of {info.image_size}x{info.image_size} pixels",
+            *_latents(info),
             *plan.lines(),
             *memory.lines(),
         )
     )
+
+
+def _latents(info: ModelInfo) -> list[str]:
+    """Their shape, and by which factor they are those of the autoencoder."""
+    if info.latent_scale is None:
+        return []
+    shape = "x".join(map(str, info.latent_shape))
+    return [f"latents: {shape}, the autoencoder's times {info.latent_scale:g}"]
 
 
 def _cost(recipes: MeasureConfig) -> tuple[CostRange, Evaluations]:

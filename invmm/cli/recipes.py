@@ -98,7 +98,10 @@ def check_measure(config: Mapping[str, Any], faults: list[str]) -> MeasureConfig
         faults += [fault for fault in inner if not fault.startswith("measurement.")]
     else:
         recipes = build(MeasureConfig, config, "", faults)
+    # A faulty key is left at its default below, and what is wrong with that is nobody's fault.
+    faulty, listed = {fault.partition("=")[0] for fault in faults}, len(faults)
     _check_between(config, faults)
+    faults[listed:] = [f for f in faults[listed:] if f.partition("=")[0] not in faulty]
     return None if faults else recipes
 
 

@@ -118,7 +118,8 @@ def _model(config: Mapping[str, Any], path: str | None) -> Any:
             "the model of this run was a pipeline in memory; save it by save_pretrained and give "
             "--model FOLDER"
         )
-    return {"_target_": "invmm.models.auto.AutoModel", "path": path}
+    scale = config["model"].get("latent_scale")  # saving a VQ autoencoder hides it
+    return {"_target_": "invmm.models.auto.AutoModel", "path": path, "latent_scale": scale}
 
 
 def _dataset(config: Mapping[str, Any]) -> Any:

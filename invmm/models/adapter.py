@@ -24,6 +24,7 @@ class ModelInfo:
         prediction_type: what the network predicts.
         weight_bytes: size of the weight files; None if they are not on this machine.
         prompts: options of the config group `prompt` that it understands.
+        latent_scale: factor of an autoencoder's latents; None without one.
     """
 
     family: str
@@ -33,6 +34,7 @@ class ModelInfo:
     prediction_type: str
     weight_bytes: int | None
     prompts: tuple[str, ...] = ("none",)
+    latent_scale: float | None = None
 
 
 @runtime_checkable

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from invmm.diffusion.schedule import NoiseSchedule
 from invmm.models.adapter import ModelInfo, ModelRecipe
@@ -32,6 +32,7 @@ class AutoModel:
         lora: a safetensors file with LoRA weights, for models with a text encoder.
         noise_schedule: diffusers scheduler keys, for pixel models; a bare network needs them.
         posterior: see `LatentPipeline`.
+        latent_scale: see `LatentPipeline`.
         image_size: see `LatentPipeline`.
         vae_slicing: see `LatentPipeline`.
         vae_tiling: see `LatentPipeline`.
@@ -44,6 +45,7 @@ class AutoModel:
     lora: str | None = None
     noise_schedule: dict[str, Any] | None = None
     posterior: Posterior | None = None
+    latent_scale: Annotated[float, Gt(0)] | None = None
     image_size: Annotated[int, Ge(8)] | None = None
     vae_slicing: bool = False
     vae_tiling: bool = False
@@ -72,6 +74,7 @@ class AutoModel:
                 **common,
                 lora=self.lora,
                 posterior=self.posterior,
+                latent_scale=self.latent_scale,
                 image_size=self.image_size,
                 vae_slicing=self.vae_slicing,
                 vae_tiling=self.vae_tiling,
@@ -82,7 +85,8 @@ class AutoModel:
                 f"model.path={self.path} holds a {name}; supported are {known} and a bare "
                 "UNet2DModel folder"
             )
-        for option in ("lora", "posterior", "image_size", "vae_slicing", "vae_tiling"):
+        latent_options = ("lora", "posterior", "latent_scale", "image_size")
+        for option in (*latent_options, "vae_slicing", "vae_tiling"):
             self._refuse(option, name or "UNet2DModel")
         return PixelUNet(**common, noise_schedule=self.noise_schedule)
 

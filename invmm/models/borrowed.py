@@ -27,12 +27,14 @@ class BorrowedModel:
 
     Attributes:
         pipeline: of any supported family.
+        latent_scale: see `LatentPipeline`.
 
     Raises:
         ValueError: not of a supported family.
     """
 
     pipeline: Any
+    latent_scale: float | None = None
 
     def __post_init__(self) -> None:
         known = (*PIXEL_PIPELINES, *LATENT_PIPELINES)
@@ -58,10 +60,16 @@ class BorrowedModel:
         with self.as_it_was():
             network: Any = self.load(self.device)
         name = type(self.pipeline).__name__
+        scale = None
         if name in LATENT_PIPELINES:
             family, prompts = network.family.name, network.family.prompts
-            size = network.image_size
+            size, scale = network.image_size, network.codec.scale
         else:
+            if self.latent_scale is not None:
+                raise ValueError(
+                    f"model.latent_scale={self.latent_scale} has no meaning for a {name}; leave "
+                    "it at its default"
+                )
             family, size = "pixel", network.latent_shape[1]
             has_classes = network.denoiser.config.num_class_embeds
             prompts = ("class_label",) if has_classes else ("none",)
@@ -77,6 +85,7 @@ class BorrowedModel:
                 for value in part.parameters()
             ),
             prompts=prompts,
+            latent_scale=scale,
         )
 
     def schedule(self) -> NoiseSchedule:
@@ -101,7 +110,7 @@ class BorrowedModel:
         network = LATENT_PIPELINES.get(type(self.pipeline).__name__)
         if network is None:
             return PixelNetwork.from_pipeline(self.pipeline)
-        return network(self.pipeline, self.device)
+        return network(self.pipeline, self.device, latent_scale=self.latent_scale)
 
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 of the weights of each part, as they are now."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Posterior = Literal["mode", "sample"]
+
+DIFFUSERS_SCALE = 0.18215
+"""Stable Diffusion's, which diffusers gives every autoencoder whose config names no scale."""
 
 
 class Codec:
@@ -20,13 +24,16 @@ class Codec:
         autoencoder: diffusers' VQModel or AutoencoderKL.
         posterior: which latents of a KL autoencoder stand for an image (paper: the mode, for
             Stable Diffusion 3 a sample).
+        scale: see `latent_scale`.
     """
 
-    def __init__(self, autoencoder: Any, posterior: Posterior = "mode") -> None:
+    def __init__(
+        self, autoencoder: Any, posterior: Posterior = "mode", scale: float | None = None
+    ) -> None:
         self.autoencoder = autoencoder
         self.posterior: Posterior = posterior
         config = autoencoder.config
-        self.scale = config.get("scaling_factor") or 1.0
+        self.scale = latent_scale(config, is_vq=hasattr(autoencoder, "quantize"), given=scale)
         self.shift = config.get("shift_factor") or 0.0
         self.factor = pixels_per_latent(config)
 
@@ -48,6 +55,58 @@ class Codec:
         """(B, C, h, w) -> (B, 3, H, W) clamped to [-1, 1], float32."""
         unscaled = (latents / self.scale + self.shift).to(self.autoencoder.dtype)
         return self.autoencoder.decode(unscaled).sample.float().clamp(-1, 1)
+
+
+def latent_scale(config: Mapping[str, Any], *, is_vq: bool, given: float | None = None) -> float:
+    """Factor from an autoencoder's latents to those that the denoiser was trained on.
+
+    A KL autoencoder has its own. A VQ autoencoder whose config names none has unscaled latents, as
+    in the released latent diffusion, whatever diffusers fills in. When diffusers saves such a model
+    again, it writes what it filled in: then only its user can know.
+
+    Args:
+        config: its config.json, or the config in memory, where diffusers notes under
+            `_use_default_values` which keys it filled in.
+        is_vq: whether it is a VQ autoencoder.
+        given: `model.latent_scale`, for a config that does not tell.
+
+    Raises:
+        ValueError: the config does not tell and nothing is given, or contradicts what is, or one
+            of them is no positive number.
+    """
+    value = config.get("scaling_factor", DIFFUSERS_SCALE)
+    if not _is_scale(value):
+        raise ValueError(
+            f"the autoencoder has scaling_factor={value!r} in its config; a positive number is "
+            "needed, the one that the denoiser was trained with"
+        )
+    if given is not None and not _is_scale(given):
+        raise ValueError(f"model.latent_scale={given!r} is no scale; use a positive number")
+    if is_vq and value == DIFFUSERS_SCALE:
+        filled_in = config.get("_use_default_values")
+        is_named = "scaling_factor" in config and not (
+            isinstance(filled_in, list) and "scaling_factor" in filled_in
+        )
+        if is_named and given is None:
+            raise ValueError(
+                f"model.latent_scale=null leaves the scale open: scaling_factor={value} in the "
+                "config of a VQ autoencoder is also what diffusers writes when it saves one "
+                "without a scale; use model.latent_scale=1.0 for unscaled latents (CompVis' "
+                f"models), or model.latent_scale={value} if the U-Net was trained on scaled ones"
+            )
+        return given or 1.0
+    if given not in (None, value):
+        raise ValueError(
+            f"model.latent_scale={given} contradicts scaling_factor={value} in the autoencoder's "
+            "config; use model.latent_scale=null"
+        )
+    return value
+
+
+def _is_scale(value: Any) -> bool:
+    """Whether float32 latents can be multiplied by it and divided again."""
+    float32 = torch.finfo(torch.float32)
+    return type(value) in (int, float) and float32.tiny <= value <= float32.max
 
 
 def pixels_per_latent(config: Any) -> int:

@@ -28,6 +28,7 @@ class LatentNetwork:
         pipeline: the diffusers pipeline; its parts are frozen in place.
         device: where it runs.
         posterior: see `Codec`; None takes the family's.
+        latent_scale: see `invmm.models.codec.latent_scale`.
 
     Attributes:
         family: which pipelines, of which parts.
@@ -39,7 +40,11 @@ class LatentNetwork:
     posterior: ClassVar[Posterior] = "mode"
 
     def __init__(
-        self, pipeline: Any, device: torch.device, posterior: Posterior | None = None
+        self,
+        pipeline: Any,
+        device: torch.device,
+        posterior: Posterior | None = None,
+        latent_scale: float | None = None,
     ) -> None:
         self.pipeline = pipeline
         for name in self.family.parts:
@@ -49,7 +54,7 @@ class LatentNetwork:
         self.device = device
         self.denoiser: Any = getattr(pipeline, self.family.denoiser)
         autoencoder = getattr(pipeline, self.family.autoencoder)
-        self.codec = Codec(autoencoder, posterior or self.posterior)
+        self.codec = Codec(autoencoder, posterior or self.posterior, latent_scale)
         self.schedule = NoiseSchedule.from_config(pipeline.scheduler.config)
         self.latent_shape = latent_shape(self.denoiser.config)
         self.image_size = self.latent_shape[1] * self.codec.factor

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from invmm.diffusion.schedule import NoiseSchedule
 from invmm.files import file_sha256
 from invmm.models.adapter import ModelInfo
-from invmm.models.codec import Posterior, pixels_per_latent
+from invmm.models.codec import Posterior, latent_scale, pixels_per_latent
 from invmm.models.cost import CallCost, call_cost, peak_bytes, weight_bytes
 from invmm.models.execution import Execution
 from invmm.models.latent import Dit, LatentDiffusion, LatentNetwork, latent_shape
@@ -48,6 +48,8 @@ class LatentPipeline:
         lora: a safetensors file with LoRA weights for the denoiser and text encoders.
         posterior: which latents stand for an image; null takes the family's (paper: the mode,
             for Stable Diffusion 3 a sample).
+        latent_scale: factor of the latents of a VQ autoencoder whose config does not tell it: 1
+            for latents as they are encoded (paper).
         vae_slicing: decode image after image, for less memory.
         vae_tiling: decode tile after tile, for large images.
     """
@@ -58,6 +60,7 @@ class LatentPipeline:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     lora: str | None = None
     posterior: Posterior | None = None
+    latent_scale: Annotated[float, Gt(0)] | None = None
     image_size: Annotated[int, Ge(8)] | None = None
     vae_slicing: bool = False
     vae_tiling: bool = False
@@ -77,6 +80,7 @@ class LatentPipeline:
             prediction_type=schedule.get("prediction_type", "epsilon"),
             weight_bytes=sum(file.stat().st_size for file in files) or None,
             prompts=family.prompts,
+            latent_scale=self._latent_scale(folder),
         )
 
     def schedule(self) -> NoiseSchedule:
@@ -122,7 +126,7 @@ class LatentPipeline:
         pipeline = part_class(f"diffusers.{folder.pipeline}")(**{**absent, **settings, **parts})
         if self.lora is not None:
             _add_lora(pipeline, self.lora)
-        network = folder.network(pipeline, device, self.posterior)
+        network = folder.network(pipeline, device, self.posterior, self._latent_scale(folder))
         network.latent_shape = self._latent_shape(folder)
         network.image_size = network.latent_shape[1] * network.codec.factor
         if self.vae_slicing:
@@ -155,6 +159,12 @@ class LatentPipeline:
                 f"{max(side, 1) * folder.pixels_per_latent}"
             )
         return channels, side, side
+
+    def _latent_scale(self, folder: PipelineFolder) -> float:
+        """From the JSON, before diffusers fills in what it lacks."""
+        name = folder.network.family.autoencoder
+        is_vq = folder.classes[name].endswith("VQModel")
+        return latent_scale(folder.config(name), is_vq=is_vq, given=self.latent_scale)
 
     def _folder(self, *, weights: bool) -> PipelineFolder:
         folder = open_pipeline(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -276,3 +280,22 @@ def test_a_search_that_makes_no_sense(faults, saved_pipeline, images, capsys):
 def test_options_of_another_family(faults):
     (line,) = faults("model.lora=some.safetensors")
     assert line.startswith("model.lora=some.safetensors has no meaning for a DDPMPipeline")
+
+
+def test_a_scale_of_vq_latents_that_the_folder_does_not_tell(
+    faults, saved_pipeline, images, capsys, tmp_path
+):
+    folder = Path(shutil.copytree(saved_pipeline("ldm vq"), tmp_path / "vq"))
+    capsys.readouterr()  # diffusers talks while it saves
+    file = folder / "vqvae" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "scaling_factor": 0.18215}))
+    given = [f"model.path={folder}", "dataset=folder", f"dataset.path={images}"]
+    for dry_run in ("dry_run=true", "dry_run=false"):
+        (line,) = faults(dry_run, given=given)
+        assert line.startswith("model.latent_scale=null leaves the scale open: scaling_factor=0.1")
+        assert "use model.latent_scale=1.0 for unscaled latents" in line
+    assert measure.COMMAND.run([*given, "model.latent_scale=1", "dry_run=true"]) == 0
+    assert "latents: 3x8x8, the autoencoder's times 1\n" in capsys.readouterr().out
+    for value in ("0", "-1", "nan", "inf", "one", "true", "[1]"):
+        (line,) = faults(f"model.latent_scale={value}", given=given)
+        assert re.match(rf"model\.latent_scale={re.escape(value)} is not possible: it", line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 import invmm
 from invmm.cli import measure as command
+from invmm.cli.verify import _rebuilt
 
 OPTIONS = [text for text in tiny.QUICK if not text.startswith("trainer=")]
 
@@ -100,6 +102,31 @@ def test_faults_are_errors_with_their_cure(
     images = pictures(2) if images is None else images
     with pytest.raises(ValueError, match=message):
         invmm.measure(pixel_pipeline, images, *overrides, prompts=prompts, run_dir=tmp_path / "run")
+
+
+def test_the_scale_of_vq_latents_is_told_where_the_pipeline_hides_it(tmp_path):
+    """And belongs to the run: another one is another run."""
+    from diffusers import LDMPipeline
+
+    pipelines.seeded(lambda: pipelines.ldm(pipelines.vq_autoencoder())).save_pretrained(tmp_path)
+    pipeline = LDMPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    options, run_dir = ("measurement=denoising_loss", *OPTIONS), tmp_path / "run"
+
+    def measured(*overrides):
+        return invmm.measure(pipeline, pictures(1), *options, *overrides, run_dir=run_dir)
+
+    with pytest.raises(ValueError, match=r"^model\.latent_scale=null leaves the scale open: .*$"):
+        measured()
+    with pytest.raises(ValueError, match=r"^model\.latent_scale=0 is not possible: .*0$"):
+        measured("model.latent_scale=0")
+    assert measured("model.latent_scale=1").score.notna().all()
+    with pytest.raises(ValueError, match=r"model\.latent_scale was 1\.0 and is 0\.18215"):
+        measured("model.latent_scale=0.18215")
+    # Verified from a folder, which does not tell it either.
+    manifest = json.loads((run_dir / "manifest.json").read_text())
+    rebuilt = _rebuilt(run_dir, manifest, str(tmp_path))
+    assert rebuilt.model.describe().latent_scale == 1
 
 
 def test_another_pipeline_is_refused():
