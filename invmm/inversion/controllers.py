@@ -68,8 +68,9 @@ class AdaptiveKLWeight:
         increment: added per step (paper: 1e-4 for DDPM, 5e-4 for LDM, 1e-3 for Stable Diffusion).
         tolerance: smallest drop of the mean loss between checks that counts as progress (1e-3).
         window: steps over which that mean is taken (release: 100).
-        progress: which loss is judged. The paper's is the reconstruction; in four of the five
-            released scripts it is the total, through an in-place sum.
+        progress: which loss is judged. The paper's is the reconstruction, and so is that of the
+            released DDPM script; in the other four (LDM, Stable Diffusion 1, 2 and 3) it is the
+            total, through an in-place sum.
     """
 
     initial: Annotated[float, Ge(0)] = 1.0

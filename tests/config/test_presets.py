@@ -15,9 +15,11 @@ from hydra.errors import HydraException
 from invmm.cli import measure, threshold, train
 from invmm.cli.compose import compose_job, groups
 from invmm.cli.estimate import Plan
+from invmm.cli.schema import build
 from invmm.data.openmoji import OpenMoji
 from invmm.engine.outcomes import CostRange, Evaluations
 from invmm.inversion.controllers import AdaptiveKLWeight, FixedKLWeight
+from invmm.models.adapter import ModelRecipe
 from invmm.models.auto import AutoModel
 from invmm.models.cost import CallCost
 from invmm.replication.sscd import SscdTorchScript
@@ -160,8 +162,9 @@ def test_a_preset_opens_with_its_command(group, option):
 
 
 @pytest.mark.parametrize(("option", "expected"), [
-    ("paper_ddpm", (2000, 0.1, 50, 32, 1e-4)), ("paper_ldm", (2000, 0.1, 10, 16, 5e-4)),
-    ("paper_sd", (2000, 0.1, 50, 16, 1e-3)),
+    ("paper_ddpm", (2000, 0.1, 50, 32, 1e-4, "reconstruction")),
+    ("paper_ldm", (2000, 0.1, 10, 16, 5e-4, "total")),
+    ("paper_sd", (2000, 0.1, 50, 16, 1e-3, "total")),
 ])  # fmt: skip
 def test_the_published_values(option, expected, model, images):
     config = compose_job("measure", overrides_for("inversion", option, model, images), [])
@@ -173,9 +176,9 @@ def test_the_published_values(option, expected, model, images):
         inversion.check_every,
         inversion.objective.batch_size,
         weight.increment,
+        weight.progress,
     ) == expected
     assert (weight.initial, weight.tolerance, weight.window) == (1.0, 1e-3, 100)
-    assert weight.progress == "total"
     assert inversion.objective.timesteps == "uniform"
     assert not inversion.check_prior
 
@@ -252,12 +255,34 @@ def test_a_study_at_full_scale_has_the_published_settings_but_its_own(option, pa
     assert study["out"] == f"results/{option}"
 
 
+@pytest.mark.parametrize(("ending", "scale"), [
+    ("celebahq", 1.0), ("ffhq", 1.0), ("sd14", 0.18215), ("sd21", 0.18215), ("laion", 0.18215),
+    ("sd35", 1.5305),
+])  # fmt: skip
+def test_latents_are_scaled_as_published(ending, scale, no_hub):
+    """Of the model's preset and of every experiment on it, and by its config alone."""
+    options = [
+        f"{group}={option}"
+        for group in ("model", "experiment")
+        for option in groups()[group]
+        if option.endswith((f"_{ending}", ending)) and not option.endswith("_model")
+    ]
+    assert len(options) >= (4 if ending in ("celebahq", "laion") else 2 - (ending == "sd35"))
+    for option in options:
+        node = compose_job("measure", [option], [])["model"]
+        for given in (node, {**node, "latent_scale": None}):
+            recipe = build(ModelRecipe, given, "model", faults := [])
+            assert faults == []
+            assert recipe.describe().latent_scale == scale
+
+
 def test_a_machine_without_the_hub_is_told_what_is_assumed(no_hub, capsys):
     assert measure.COMMAND.run(["experiment=paper_celebahq", "dry_run=true"]) == 0
     facts = capsys.readouterr().out
     assert "\ndata set: not here, its size is taken as stated; dataset.path=korexyz/" in facts
     assert "\nmodel: architecture from the package's own table; CompVis/ldm-celebahq-256 " in facts
     assert "\nimages: 100 of 256x256 pixels\n" in facts
+    assert "\nlatents: 3x64x64, the autoencoder's times 1\n" in facts
     # 2,000 steps of 16, and 200 checks of 8 samples of 50 steps
     assert "112,000 forward (80,000 of them in samplers) and 32,000 backward\n" in facts
     assert "\nmemory of a GPU: about 14." in facts
