@@ -37,7 +37,9 @@ _FLOW_CLASSES: Mapping[str, str] = {
     "flow_heun": "FlowMatchHeunDiscreteScheduler",
 }
 _CAN_CLIP = ("ddim", "ddpm", "heun")
-_SMALLEST_FINAL_ALPHA = 1e-5
+_SMALLEST_FIRST_ALPHA = 1e-5
+_NO_SIGNAL_ALPHA = 2**-24
+"""Stands for an alpha-bar of 0 in diffusers' samplers that divide by its root."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,13 +152,19 @@ class Sampler:
             ValueError: naming the key, the value and the cure.
         """
         self.check_kind(schedule.prediction_type)
-        final_alpha = schedule.signals[-1].item() ** 2
-        explodes = final_alpha < _SMALLEST_FINAL_ALPHA and schedule.prediction_type == "epsilon"
-        if explodes and self.timestep_spacing == "trailing":
+        if schedule.prediction_type != "epsilon":
+            return
+        first = self.build(schedule).timesteps[0]
+        alpha = schedule.alphas_cumprod[round(first.item())].item()
+        if alpha < _SMALLEST_FIRST_ALPHA:
+            key, value = "timestep_spacing", self.timestep_spacing
+            cure = "sampler.timestep_spacing=leading"
+            if value == "leading":
+                key, value = "num_inference_steps", str(self.num_inference_steps)
+                cure = "fewer, so that the first of the leading timesteps is an earlier one"
             raise ValueError(
-                f"sampler.timestep_spacing=trailing starts where alpha-bar is {final_alpha:.1e}, "
-                "and dividing a predicted noise by its root explodes; use "
-                "sampler.timestep_spacing=leading"
+                f"sampler.{key}={value} starts at timestep {first:g}, where alpha-bar is "
+                f"{alpha:.1e}, and dividing a predicted noise by its root explodes; use {cure}"
             )
 
     def build(self, schedule: NoiseSchedule) -> Any:
@@ -175,14 +183,25 @@ class Sampler:
             return scheduler
         name, fixed = _CLASSES[self.scheduler]
         scheduler_class = getattr(diffusers, name)
-        options = {**schedule.trained, **fixed, "timestep_spacing": self.timestep_spacing}
+        trained = _rescaled(schedule.trained) if self.scheduler == "heun" else schedule.trained
+        options = {**trained, **fixed, "timestep_spacing": self.timestep_spacing}
         if self.scheduler in _CAN_CLIP:
             options["clip_sample"] = self.clip_sample
-        if self.scheduler == "heun":
-            options.pop("rescale_betas_zero_snr", None)
         scheduler = scheduler_class(**options)
         scheduler.set_timesteps(self.num_inference_steps)
         return scheduler
+
+
+def _rescaled(trained: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys for a class without `rescale_betas_zero_snr`: betas that are rescaled already."""
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    keys = dict(trained)
+    if keys.pop("rescale_betas_zero_snr"):
+        betas = rescale_zero_terminal_snr(torch.tensor(keys["trained_betas"])).double()
+        betas[-1] = 1 - _NO_SIGNAL_ALPHA / (1 - betas[:-1]).prod()
+        keys["trained_betas"] = betas.tolist()
+    return keys
 
 
 def draw(

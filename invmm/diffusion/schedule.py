@@ -7,30 +7,32 @@ All models that predict something else than the noise are converted here and now
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from invmm.diffusion.scheduler_config import (
+    FLOW_SCHEDULERS,
+    NO_SIGNAL,
+    class_of,
+    resolved,
+    scheduler_class,
+)
+
+_Read = TypeVar("_Read")
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
-TRAINED_KEYS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-    "prediction_type",
+_MOST_DRAWN = 50.0
+_ROUNDING = 1e-6
+_NO_SIGNAL = (
+    "the betas leave no signal at the last timestep, where a predicted noise "
+    "(prediction_type=epsilon) says nothing of the image; check num_train_timesteps, beta_start "
+    "and beta_end"
 )
-"""Keys of a diffusers scheduler config that belong to the trained model, not to a sampler."""
-
-
-FLOW_KEYS = ("num_train_timesteps", "shift")
-"""The same of a rectified flow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +46,7 @@ class NoiseSchedule:
             of a rectified flow.
         prediction_type: what the network was trained to output.
         trained: the diffusers scheduler keys (`TRAINED_KEYS` or `FLOW_KEYS`) from which any
-            sampler is built.
+            sampler is built. The betas are values: no class knows the formulas of all others.
     """
 
     signals: Tensor
@@ -55,44 +57,77 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """Reads the trained schedule out of any diffusers scheduler config.
+        """The trained schedule of a diffusers scheduler config.
+
+        Args:
+            config: `_class_name` included; keys alone are those of `DDPMScheduler`, or of a
+                rectified flow if `shift` is among them.
 
         Raises:
-            ValueError: the prediction type is not supported.
+            ValueError: it cannot be read exactly, see `scheduler_config`, or its betas are none.
         """
-        if "shift" in config:  # only schedulers of rectified flows have it
-            return cls._flow(config)
-        from diffusers import DDPMScheduler
-
-        trained = {key: config[key] for key in TRAINED_KEYS if config.get(key) is not None}
-        prediction_type = trained.setdefault("prediction_type", "epsilon")
-        known = [name for name in get_args(PredictionType) if name != "flow"]
-        if prediction_type not in known:
+        keys = resolved(config)
+        if class_of(config) in FLOW_SCHEDULERS:
+            sigmas = scheduler_class(FLOW_SCHEDULERS[0])(**keys).sigmas.float().flip(0)
+            return cls(1 - sigmas, sigmas, sigmas * len(sigmas), "flow", keys)
+        formula = {key: keys[key] for key in ("beta_start", "beta_end", "beta_schedule")}
+        own = {"num_train_timesteps": keys["num_train_timesteps"]}
+        options = {**own, **formula, "trained_betas": keys["trained_betas"]}
+        try:
+            betas = scheduler_class(class_of(config))(**options).betas
+        except NotImplementedError:
             raise ValueError(
-                f"prediction_type={prediction_type} is not supported; use one of {', '.join(known)}"
+                f"beta_schedule={keys['beta_schedule']} is unknown to {class_of(config)}; use "
+                "linear, scaled_linear or squaredcos_cap_v2, as the model was trained"
+            ) from None
+        if not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(
+                f"the betas reach from {betas.min():.3g} to {betas.max():.3g}; each must lie "
+                "between 0 and 1, check beta_start, beta_end and trained_betas"
             )
-        alphas_cumprod = DDPMScheduler(**trained).alphas_cumprod.float()
-        return cls(
+        trained = {
+            **own,
+            "trained_betas": betas.tolist(),
+            "rescale_betas_zero_snr": bool(keys.get("rescale_betas_zero_snr")),
+            "prediction_type": keys["prediction_type"],
+        }
+        alphas_cumprod = scheduler_class("DDPMScheduler")(**trained).alphas_cumprod.float()
+        found = cls(
             alphas_cumprod.sqrt(),
             (1 - alphas_cumprod).sqrt(),
             torch.arange(len(alphas_cumprod)),
-            prediction_type,
+            keys["prediction_type"],
             trained,
         )
+        if not found.clean_latents_weights.sum().isfinite():
+            raise ValueError(NO_SIGNAL if keys.get("rescale_betas_zero_snr") else _NO_SIGNAL)
+        return found
 
     @classmethod
-    def _flow(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        from diffusers import FlowMatchEulerDiscreteScheduler
+    def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:
+        """The trained schedule of a diffusers scheduler object.
 
-        if config.get("use_dynamic_shifting"):
+        Raises:
+            ValueError: as `from_config`; a class that is not diffusers' own; or the object was
+                changed and is no longer what its config says.
+        """
+        name = type(scheduler).__name__
+        found = cls.from_config({**getattr(scheduler, "config", {}), "_class_name": name})
+        if type(scheduler) is not scheduler_class(name):
+            raise ValueError(f"this {name} is not diffusers' own; give one of diffusers")
+        if found.is_flow:  # sigmas are overwritten whenever the pipeline draws
+            key = cure = "shift"
+            expected = torch.tensor([float(found.trained["shift"])])
+            own = torch.tensor([float(vars(scheduler).get("_shift", expected))])
+        else:
+            key, cure = "alphas_cumprod", "trained_betas"
+            own, expected = scheduler.alphas_cumprod.cpu().float(), found.alphas_cumprod
+        if own.shape != expected.shape or not (own - expected).abs().max() <= _ROUNDING:
             raise ValueError(
-                "use_dynamic_shifting=true is not supported; give the shift for this image size "
-                "in scheduler_config.json, with use_dynamic_shifting=false"
+                f"the {key} of the {name} is not what its config says; make the scheduler anew "
+                f"with {cure}= instead of changing it"
             )
-        trained = {key: config[key] for key in FLOW_KEYS if config.get(key) is not None}
-        scheduler: Any = FlowMatchEulerDiscreteScheduler(**trained)
-        sigmas = scheduler.sigmas.float().flip(0)
-        return cls(1 - sigmas, sigmas, sigmas * len(sigmas), "flow", trained)
+        return found
 
     @property
     def num_train_timesteps(self) -> int:
@@ -120,9 +155,31 @@ class NoiseSchedule:
         }[self.prediction_type]
 
     @cached_property
+    def draw_weights(self) -> Tensor:
+        """(T,) how often `draw_levels` takes each level by weight, unnormalised.
+
+        These are `clean_latents_weights`, the largest of them cut so that no level is drawn more
+        than 50 times as often as uniformly. Linear and scaled-linear betas stay below 20 and are
+        not cut; of cosine betas, whose alpha-bar ends at 2e-9, the last level alone would take
+        99.8 % of the draws. `importance_weights` belong to the cut ones, so that expectations
+        are kept: what is cut is drawn less often and counts more.
+        """
+        weights, most = self.clean_latents_weights, _MOST_DRAWN / self.num_train_timesteps
+        falling, _ = weights.double().sort(descending=True)
+        if most >= 1 or falling[0] <= most * falling.sum():
+            return weights
+        rest = falling.sum() - falling.cumsum(0)
+        # With the k largest at one value c, c = most * (k * c + the rest).
+        counts = torch.arange(1, min(len(falling), int(1 / most)))
+        limits = most * rest[counts - 1] / (1 - most * counts)
+        fits = limits >= falling[counts]
+        limit = limits[fits][0] if fits.any() else falling[-1]
+        return weights.clamp(max=limit.item())
+
+    @cached_property
     def importance_weights(self) -> Tensor:
-        """(T,) what keeps expectations if timesteps are drawn by `clean_latents_weights`."""
-        return self.clean_latents_weights.mean() / self.clean_latents_weights
+        """(T,) what keeps expectations if timesteps are drawn by `draw_weights`."""
+        return self.draw_weights.mean() / self.draw_weights
 
     @cached_property
     def _scales(self) -> Tensor:
@@ -172,11 +229,38 @@ class NoiseSchedule:
         Args:
             count: of levels.
             rng: on the CPU.
-            by_weight: in proportion to `clean_latents_weights`, not uniform.
+            by_weight: in proportion to `draw_weights`, not uniform.
         """
         if by_weight:
-            return torch.multinomial(self.clean_latents_weights, count, True, generator=rng)
+            return torch.multinomial(self.draw_weights, count, True, generator=rng)
         return torch.randint(self.num_train_timesteps, (count,), generator=rng)
+
+
+def readable(source: str, read: Callable[[], _Read]) -> _Read:
+    """What reading a scheduler gives.
+
+    Args:
+        source: whose scheduler it is, as errors name it.
+        read: the reading.
+
+    Raises:
+        ValueError: whatever foreign values made it raise, in one line.
+    """
+    try:
+        return read()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ValueError(f"the noise schedule of {source} is unusable: {reason}") from error
+
+
+def schedule_of(pipeline: Any) -> NoiseSchedule:
+    """The trained schedule of a diffusers pipeline in memory.
+
+    Raises:
+        ValueError: see `NoiseSchedule.from_scheduler`.
+    """
+    scheduler = pipeline.scheduler
+    return readable("the pipeline in memory", lambda: NoiseSchedule.from_scheduler(scheduler))
 
 
 @dataclass(frozen=True, eq=False)

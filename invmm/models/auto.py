@@ -13,8 +13,9 @@ from invmm.models.adapter import ModelInfo, ModelRecipe
 from invmm.models.codec import Posterior
 from invmm.models.cost import CallCost
 from invmm.models.execution import Execution, LoadedNetwork
+from invmm.models.loading import BARE, fetched, read_json
 from invmm.models.loading import PIPELINES as PIXEL_PIPELINES
-from invmm.models.loading import fetched, read_json
+from invmm.models.parts import pipeline_name
 from invmm.models.pipeline import PIPELINES as LATENT_PIPELINES
 from invmm.models.pipeline import LatentPipeline
 from invmm.models.pixel import PixelUNet
@@ -67,7 +68,9 @@ class AutoModel:
         if not (folder / "model_index.json").is_file():
             name = None  # a bare network, or what `PixelUNet` will refuse with the reason
         else:
-            name = read_json(folder / "model_index.json").get("_class_name")
+            index = read_json(folder / "model_index.json")
+            known = (*PIXEL_PIPELINES, *LATENT_PIPELINES)
+            name = pipeline_name(f"model.path={self.path}", index, known, BARE)
         if name in LATENT_PIPELINES:
             self._refuse("noise_schedule", name)
             return LatentPipeline(
@@ -78,12 +81,6 @@ class AutoModel:
                 image_size=self.image_size,
                 vae_slicing=self.vae_slicing,
                 vae_tiling=self.vae_tiling,
-            )
-        if name is not None and name not in PIXEL_PIPELINES:
-            known = ", ".join((*PIXEL_PIPELINES, *LATENT_PIPELINES))
-            raise ValueError(
-                f"model.path={self.path} holds a {name}; supported are {known} and a bare "
-                "UNet2DModel folder"
             )
         latent_options = ("lora", "posterior", "latent_scale", "image_size")
         for option in (*latent_options, "vae_slicing", "vae_tiling"):

@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from invmm.diffusion.guidance import repeated
-from invmm.diffusion.schedule import NoiseSchedule
+from invmm.diffusion.schedule import NoiseSchedule, schedule_of
 from invmm.models.adapter import ModelInfo
 from invmm.models.cost import CallCost, call_cost
 from invmm.models.execution import Execution, LoadedNetwork
 from invmm.models.loading import PIPELINES as PIXEL_PIPELINES
+from invmm.models.loading import check_components
+from invmm.models.parts import index_of
 from invmm.models.pipeline import PIPELINES as LATENT_PIPELINES
 from invmm.models.pixel import PixelNetwork
 
@@ -30,16 +32,21 @@ class BorrowedModel:
         latent_scale: see `LatentPipeline`.
 
     Raises:
-        ValueError: not of a supported family.
+        ValueError: not of a supported family, or of parts that it does not have.
     """
 
     pipeline: Any
     latent_scale: float | None = None
 
     def __post_init__(self) -> None:
+        index, source = index_of(self.pipeline), "the pipeline in memory"
         known = (*PIXEL_PIPELINES, *LATENT_PIPELINES)
-        if (name := type(self.pipeline).__name__) not in known:
+        if (name := index["_class_name"]) not in known:
             raise ValueError(f"a {name} is not supported; give one of {', '.join(known)}")
+        if name in PIXEL_PIPELINES:
+            check_components(source, index)
+        else:
+            LATENT_PIPELINES[name].family.classes(source, index)
 
     @contextmanager
     def as_it_was(self) -> Iterator[None]:
@@ -90,7 +97,7 @@ class BorrowedModel:
 
     def schedule(self) -> NoiseSchedule:
         """See `ModelRecipe`."""
-        return NoiseSchedule.from_config(self.pipeline.scheduler.config)
+        return schedule_of(self.pipeline)
 
     def call_cost(self, rows: int, execution: Execution) -> CallCost:
         """See `ModelRecipe`; runs a real call."""

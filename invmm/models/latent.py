@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from invmm.diffusion.guidance import Condition
-from invmm.diffusion.schedule import NoiseSchedule
+from invmm.diffusion.schedule import schedule_of
 from invmm.engine.prompt import PromptSearch, PromptTokens
 from invmm.models.codec import Codec, Posterior
 from invmm.models.labels import class_label
@@ -55,7 +55,7 @@ class LatentNetwork:
         self.denoiser: Any = getattr(pipeline, self.family.denoiser)
         autoencoder = getattr(pipeline, self.family.autoencoder)
         self.codec = Codec(autoencoder, posterior or self.posterior, latent_scale)
-        self.schedule = NoiseSchedule.from_config(pipeline.scheduler.config)
+        self.schedule = schedule_of(pipeline)
         self.latent_shape = latent_shape(self.denoiser.config)
         self.image_size = self.latent_shape[1] * self.codec.factor
 

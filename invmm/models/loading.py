@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from invmm.models.known import known_architecture
-from invmm.models.parts import SCHEDULERS, weight_faults
+from invmm.models.parts import SCHEDULERS, pipeline_name, reason_against, weight_faults
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 """Pipelines that hold a pixel U-Net."""
+
+BARE = " and a bare UNet2DModel folder"
+"""What else may hold one, for errors."""
 
 COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "unet": ("UNet2DModel",),
@@ -88,18 +91,13 @@ def open_folder(
     folder = fetched(path, revision=revision, variant=variant, weights=weights)
     if (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json")
-        name = index.get("_class_name")
-        if name not in PIPELINES:
-            raise ValueError(
-                f"model.path={path} holds a {name}; supported are {', '.join(PIPELINES)} and a "
-                "bare UNet2DModel folder"
-            )
-        _check_components(path, index)
+        pipeline_name(f"model.path={path}", index, PIPELINES, BARE)
+        check_components(f"model.path={path}", index)
         # Old repositories keep the parts side by side, as diffusers still accepts.
         unet, scheduler = (
             folder / name if (folder / name).is_dir() else folder for name in COMPONENTS
         )
-        scheduler_config = read_json(scheduler / "scheduler_config.json")
+        scheduler_config = scheduler_json(scheduler, index)
     elif (folder / "config.json").is_file():
         unet, scheduler_config = folder, None
     else:
@@ -188,18 +186,35 @@ def load_unet(folder: ModelFolder, *, variant: str | None, dtype: Any) -> Any:
     return unet
 
 
-def _check_components(path: str, index: Mapping[str, Any]) -> None:
+def check_components(source: str, index: Mapping[str, Any]) -> None:
+    """Refuses what no pixel model consists of.
+
+    Args:
+        source: whose index it is, as errors name it.
+        index: of a folder, or `index_of` a pipeline in memory.
+
+    Raises:
+        ValueError: naming the part, its class and the supported ones.
+    """
     for name in [name for name in index if not name.startswith("_")] + list(COMPONENTS):
         if name not in COMPONENTS:
             raise ValueError(
-                f"model.path={path} names the component {name!r} in model_index.json; expected "
+                f"{source} names the component {name!r} in model_index.json; expected "
                 f"are {' and '.join(COMPONENTS)}"
             )
-        if index.get(name) not in [["diffusers", known] for known in COMPONENTS[name]]:
+        value = index.get(name)
+        if value not in [["diffusers", known] for known in COMPONENTS[name]]:
+            joined = ".".join(map(str, value)) if isinstance(value, list) else str(value)
             raise ValueError(
-                f"model.path={path} wants its {name} to be {index.get(name)!r}; supported are "
-                f"diffusers' {', '.join(COMPONENTS[name])}"
+                f"{source} wants its {name} to be {value!r}{reason_against(name, joined)}; "
+                f"supported are diffusers' {', '.join(COMPONENTS[name])}"
             )
+
+
+def scheduler_json(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler's config, under the class that the index names, as diffusers builds it."""
+    config = read_json(folder / "scheduler_config.json")
+    return {**config, "_class_name": index["scheduler"][1]}
 
 
 def read_json(path: Path) -> dict[str, Any]:

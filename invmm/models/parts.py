@@ -9,31 +9,20 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from invmm.diffusion.scheduler_config import BETA_SCHEDULERS, FLOW_SCHEDULERS, why_refused
+
 AUTOENCODERS = ("diffusers.VQModel", "diffusers.AutoencoderKL")
-SCHEDULERS = tuple(
-    f"diffusers.{name}"
-    for name in (
-        "DDPMScheduler",
-        "DDIMScheduler",
-        "DEISMultistepScheduler",
-        "DPMSolverMultistepScheduler",
-        "DPMSolverSinglestepScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "EulerDiscreteScheduler",
-        "HeunDiscreteScheduler",
-        "LMSDiscreteScheduler",
-        "PNDMScheduler",
-        "UniPCMultistepScheduler",
-    )
-)
-"""Schedulers whose config means a schedule of betas."""
+SCHEDULERS = tuple(f"diffusers.{name}" for name in BETA_SCHEDULERS)
+"""Schedulers of models on a schedule of betas, in folders and in memory."""
+RECTIFIED_FLOWS = tuple(f"diffusers.{name}" for name in FLOW_SCHEDULERS)
+"""Schedulers of rectified flows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +53,12 @@ class Family:
     prompts: tuple[str, ...] = ("none",)
     searched: tuple[str, ...] = ()
 
-    def classes(self, path: str, index: Mapping[str, Any]) -> dict[str, str]:
+    def classes(self, source: str, index: Mapping[str, Any]) -> dict[str, str]:
         """Part -> its class ("library.Name") in a model_index.json; absent optional ones left out.
+
+        Args:
+            source: whose index it is, as errors name it.
+            index: of a folder, or `index_of` a pipeline in memory.
 
         Raises:
             ValueError: a part that the family does not have, or of another class.
@@ -74,7 +67,7 @@ class Family:
             known = (*self.parts, *self.ignored, *self.settings)
             if not name.startswith("_") and name not in known:
                 raise ValueError(
-                    f"model.path={path} names the component {name!r} in model_index.json; "
+                    f"{source} names the component {name!r} in model_index.json; "
                     f"expected are {', '.join(self.parts)}"
                 )
         found = {}
@@ -85,11 +78,51 @@ class Family:
             joined = ".".join(map(str, value)) if isinstance(value, list) else str(value)
             if joined not in classes:
                 raise ValueError(
-                    f"model.path={path} wants its {name} to be {value!r}; supported are "
-                    f"{', '.join(classes)}"
+                    f"{source} wants its {name} to be {value!r}{reason_against(name, joined)}; "
+                    f"supported are {', '.join(classes)}"
                 )
             found[name] = joined
         return found
+
+
+def pipeline_name(
+    source: str, index: Mapping[str, Any], known: Collection[str], also: str = ""
+) -> str:
+    """The class of a pipeline, one of those known.
+
+    Args:
+        source: whose it is, as errors name it.
+        index: of a folder, or `index_of` a pipeline in memory.
+        known: class names.
+        also: what else would be supported, for the error.
+
+    Raises:
+        ValueError: another class, or one that a repository brings with it.
+    """
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{source} holds a {name}; supported are {', '.join(known)}{also}")
+    return name
+
+
+def index_of(pipeline: Any) -> dict[str, Any]:
+    """What the model_index.json of a pipeline in memory would say; compiled parts count as plain.
+
+    Subclasses go by their own names: what they change is not known.
+    """
+    parts = getattr(pipeline, "components", {})
+    index: dict[str, Any] = {"_class_name": type(pipeline).__name__}
+    if type(pipeline).__module__.partition(".")[0] != "diffusers":
+        index["_class_name"] = f"{type(pipeline).__module__}.{type(pipeline).__name__}"
+    for name, part in parts.items():
+        plain = type(getattr(part, "_orig_mod", part))
+        index[name] = None if part is None else [plain.__module__.split(".")[0], plain.__name__]
+    return index
+
+
+def reason_against(part: str, class_name: str) -> str:
+    """Why a class is none of the supported ones, in brackets; "" if there is no more to say."""
+    return f" ({why_refused(class_name)})" if part == "scheduler" else ""
 
 
 def part_class(class_name: str) -> Any:

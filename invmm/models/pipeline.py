@@ -10,15 +10,16 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge, Gt
 
-from invmm.diffusion.schedule import NoiseSchedule
+from invmm.diffusion.schedule import NoiseSchedule, readable
+from invmm.diffusion.scheduler_config import check_config
 from invmm.files import file_sha256
 from invmm.models.adapter import ModelInfo
 from invmm.models.codec import Posterior, latent_scale, pixels_per_latent
 from invmm.models.cost import CallCost, call_cost, peak_bytes, weight_bytes
 from invmm.models.execution import Execution
 from invmm.models.latent import Dit, LatentDiffusion, LatentNetwork, latent_shape
-from invmm.models.loading import fetched, read_json
-from invmm.models.parts import load_part, part_class, weight_files
+from invmm.models.loading import fetched, read_json, scheduler_json
+from invmm.models.parts import load_part, part_class, pipeline_name, weight_files
 from invmm.models.stable_diffusion import StableDiffusion, StableDiffusion3, StableDiffusionXL
 
 _CLIP_TOKENS = 77
@@ -70,14 +71,16 @@ class LatentPipeline:
         folder = self._folder(weights=False)
         family = folder.network.family
         shape = self._latent_shape(folder)
-        schedule = folder.scheduler()
+        num_train_timesteps, prediction_type = readable(
+            f"model.path={self.path}", lambda: check_config(folder.scheduler())
+        )
         files = [file for files in self._weights(folder).values() for file in files]
         return ModelInfo(
             family=family.name,
             latent_shape=shape,
             image_size=shape[1] * folder.pixels_per_latent,
-            num_train_timesteps=schedule.get("num_train_timesteps", 1000),
-            prediction_type=schedule.get("prediction_type", "epsilon"),
+            num_train_timesteps=num_train_timesteps,
+            prediction_type=prediction_type,
             weight_bytes=sum(file.stat().st_size for file in files) or None,
             prompts=family.prompts,
             latent_scale=self._latent_scale(folder),
@@ -85,7 +88,8 @@ class LatentPipeline:
 
     def schedule(self) -> NoiseSchedule:
         """See `ModelRecipe`."""
-        return _schedule(self.path, self._folder(weights=False).scheduler())
+        config = self._folder(weights=False).scheduler()
+        return readable(f"model.path={self.path}", lambda: NoiseSchedule.from_config(config))
 
     def call_cost(self, rows: int, execution: Execution) -> CallCost:
         """See `ModelRecipe`."""
@@ -235,10 +239,7 @@ class PipelineFolder:
 
     def scheduler(self) -> Mapping[str, Any]:
         """The scheduler's config, as it was trained."""
-        config = read_json(self.path / "scheduler" / "scheduler_config.json")
-        if "FlowMatch" in self.classes["scheduler"]:
-            return {**config, "prediction_type": "flow"}
-        return config
+        return scheduler_json(self.path / "scheduler", self.index)
 
 
 def open_pipeline(
@@ -251,19 +252,10 @@ def open_pipeline(
     """
     folder = fetched(path, revision=revision, variant=variant, weights=weights)
     index = read_json(folder / "model_index.json")
-    name = index.get("_class_name")
-    if name not in PIPELINES:
-        raise ValueError(f"model.path={path} holds a {name}; supported are {', '.join(PIPELINES)}")
+    name = pipeline_name(f"model.path={path}", index, PIPELINES)
     network = PIPELINES[name]
-    classes = network.family.classes(path, index)
+    classes = network.family.classes(f"model.path={path}", index)
     return PipelineFolder(path=folder, pipeline=name, network=network, index=index, classes=classes)
-
-
-def _schedule(path: str, config: Mapping[str, Any]) -> NoiseSchedule:
-    try:
-        return NoiseSchedule.from_config(config)
-    except Exception as error:  # whatever foreign values make the constructor raise
-        raise ValueError(f"the noise schedule of model.path={path} is unusable: {error}") from error
 
 
 def _add_lora(pipeline: Any, path: str) -> None:

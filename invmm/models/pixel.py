@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from invmm.diffusion.schedule import TRAINED_KEYS, NoiseSchedule
+from invmm.diffusion.schedule import NoiseSchedule, readable, schedule_of
+from invmm.diffusion.scheduler_config import TRAINED_KEYS, check_config
 from invmm.engine.requests import Condition
 from invmm.files import file_sha256
 from invmm.models.adapter import ModelInfo
@@ -54,15 +55,17 @@ class PixelUNet:
         """Reads JSON only; see `ModelRecipe`."""
         folder = self._folder(weights=False)
         latent_shape = _latent_shape(self.path, folder.unet_config)
-        trained = self._trained(folder)
+        num_train_timesteps, prediction_type = readable(
+            self._source, lambda: check_config(self._trained(folder))
+        )
         on_disk = folder.path == Path(self.path).expanduser()
         weights = folder.weights(self.variant) if on_disk else []
         return ModelInfo(
             family="pixel",
             latent_shape=latent_shape,
             image_size=latent_shape[1],
-            num_train_timesteps=trained.get("num_train_timesteps", 1000),
-            prediction_type=trained.get("prediction_type", "epsilon"),
+            num_train_timesteps=num_train_timesteps,
+            prediction_type=prediction_type,
             weight_bytes=sum(file.stat().st_size for file in weights) or None,
             prompts=("class_label",) if folder.unet_config.get("num_class_embeds") else ("none",),
         )
@@ -70,12 +73,7 @@ class PixelUNet:
     def schedule(self) -> NoiseSchedule:
         """See `ModelRecipe`."""
         trained = self._trained(self._folder(weights=False))
-        try:
-            return NoiseSchedule.from_config(trained)
-        except Exception as error:  # whatever foreign values make the constructor raise
-            raise ValueError(
-                f"the noise schedule of {self._source} is unusable: {error}"
-            ) from error
+        return readable(self._source, lambda: NoiseSchedule.from_config(trained))
 
     def call_cost(self, rows: int, execution: Execution) -> CallCost:
         """See `ModelRecipe`."""
@@ -123,9 +121,6 @@ class PixelUNet:
                 "'model.noise_schedule={num_train_timesteps: 1000, beta_schedule: linear, "
                 "beta_start: 1e-4, beta_end: 0.02, prediction_type: epsilon}' as it was trained"
             )
-        count = trained.get("num_train_timesteps", 1000)
-        if type(count) is not int or count < 1:
-            raise ValueError(f"{self._source} has num_train_timesteps={count!r}; use 1 or more")
         return trained
 
     @property
@@ -157,7 +152,7 @@ class PixelNetwork:
         """
         if (name := type(pipeline).__name__) not in PIPELINES:
             raise ValueError(f"a {name} is not supported; give a {' or '.join(PIPELINES)}")
-        schedule = NoiseSchedule.from_config(pipeline.scheduler.config)
+        schedule = schedule_of(pipeline)
         return cls(pipeline.unet, schedule, pipeline.unet.device)
 
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Condition | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from invmm.diffusion.guidance import Condition
 from invmm.models.latent import LatentNetwork
-from invmm.models.parts import SCHEDULERS, Family
+from invmm.models.parts import RECTIFIED_FLOWS, SCHEDULERS, Family
 from invmm.models.prompt_search import clip_output, with_columns
 
 _TOKENIZERS = ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")
@@ -162,7 +162,7 @@ class StableDiffusion3(LatentNetwork):
             "tokenizer": _TOKENIZERS,
             "tokenizer_2": _TOKENIZERS,
             "tokenizer_3": ("transformers.T5TokenizerFast", "transformers.T5Tokenizer"),
-            "scheduler": ("diffusers.FlowMatchEulerDiscreteScheduler",),
+            "scheduler": RECTIFIED_FLOWS,
         },
         optional=("text_encoder_3", "tokenizer_3"),
         ignored=("feature_extractor", "image_encoder"),
