@@ -37,7 +37,7 @@ _FLOW_CLASSES: Mapping[str, str] = {
     "flow_heun": "FlowMatchHeunDiscreteScheduler",
 }
 _CAN_CLIP = ("ddim", "ddpm", "heun")
-_SMALLEST_FIRST_ALPHA = 1e-5
+_SMALLEST_FIRST_ALPHA, _LARGEST_FIRST_ALPHA = 1e-5, 0.5
 _NO_SIGNAL_ALPHA = 2**-24
 """Stands for an alpha-bar of 0 in diffusers' samplers that divide by its root."""
 
@@ -146,26 +146,33 @@ class Sampler:
             )
 
     def check_schedule(self, schedule: NoiseSchedule) -> None:
-        """Refuses to start where a noise predictor's clean latents are undefined.
+        """Refuses a first timestep at which pure noise means nothing.
 
         Raises:
-            ValueError: naming the key, the value and the cure.
+            ValueError: naming the key, the value and the cure; a noise predictor would divide by
+                no signal, or leading timesteps start where the image would be seen already.
         """
         self.check_kind(schedule.prediction_type)
-        if schedule.prediction_type != "epsilon":
+        if schedule.is_flow:
             return
-        first = self.build(schedule).timesteps[0]
-        alpha = schedule.alphas_cumprod[round(first.item())].item()
-        if alpha < _SMALLEST_FIRST_ALPHA:
-            key, value = "timestep_spacing", self.timestep_spacing
-            cure = "sampler.timestep_spacing=leading"
-            if value == "leading":
-                key, value = "num_inference_steps", str(self.num_inference_steps)
-                cure = "fewer, so that the first of the leading timesteps is an earlier one"
+        first = round(self.build(schedule).timesteps[0].item())
+        alpha, last_alpha = schedule.alphas_cumprod[[first, -1]].tolist()
+        steps, spacing = self.num_inference_steps, self.timestep_spacing
+        where = f"starts at timestep {first}, where alpha-bar is {alpha:.1e}"
+        if alpha > _LARGEST_FIRST_ALPHA > last_alpha:
             raise ValueError(
-                f"sampler.{key}={value} starts at timestep {first:g}, where alpha-bar is "
-                f"{alpha:.1e}, and dividing a predicted noise by its root explodes; use {cure}"
+                f"sampler.num_inference_steps={steps} with sampler.timestep_spacing={spacing} "
+                f"{where}, and pure noise is no such image; use sampler.timestep_spacing=trailing"
             )
+        if schedule.prediction_type != "epsilon" or alpha >= _SMALLEST_FIRST_ALPHA:
+            return
+        key, cure = f"timestep_spacing={spacing}", "sampler.timestep_spacing=leading"
+        if spacing == "leading":
+            key, cure = f"num_inference_steps={steps}", f"at most {max(steps // 2, 1)}"
+        raise ValueError(
+            f"sampler.{key} {where}, and dividing a predicted noise by its root explodes; "
+            f"use {cure}"
+        )
 
     def build(self, schedule: NoiseSchedule) -> Any:
         """A fresh diffusers scheduler on the trained schedule, its timesteps set."""

@@ -66,7 +66,7 @@ DISTILLED = (
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 """What a network on a schedule of betas may predict."""
 
-_MOST_TIMESTEPS = 100_000
+_MOST_TIMESTEPS = 10_000
 _NEUTRAL: Mapping[str, tuple[Any, str]] = {
     "timestep_type": ("discrete", "the network would be told logarithms of sigmas"),
     "sigma_min": (None, "it replaces the range of the betas"),

@@ -43,10 +43,10 @@ class BorrowedModel:
         known = (*PIXEL_PIPELINES, *LATENT_PIPELINES)
         if (name := index["_class_name"]) not in known:
             raise ValueError(f"a {name} is not supported; give one of {', '.join(known)}")
-        if name in PIXEL_PIPELINES:
-            check_components(source, index)
-        else:
+        if name in LATENT_PIPELINES:
             LATENT_PIPELINES[name].family.classes(source, index)
+        else:
+            check_components(source, index)
 
     @contextmanager
     def as_it_was(self) -> Iterator[None]:

@@ -18,7 +18,14 @@ from invmm.models.adapter import ModelInfo
 from invmm.models.cost import CallCost, call_cost
 from invmm.models.execution import Execution
 from invmm.models.labels import class_label
-from invmm.models.loading import PIPELINES, ModelFolder, load_unet, open_folder
+from invmm.models.loading import (
+    PIPELINES,
+    ModelFolder,
+    check_components,
+    load_unet,
+    open_folder,
+)
+from invmm.models.parts import index_of
 
 _LUMINANCE = (0.299, 0.587, 0.114)
 
@@ -148,10 +155,11 @@ class PixelNetwork:
         """Wraps a DDPMPipeline or DDIMPipeline object; its U-Net is frozen in place.
 
         Raises:
-            ValueError: another pipeline; its latents may not be pixels.
+            ValueError: another pipeline, whose latents may not be pixels, or other parts.
         """
         if (name := type(pipeline).__name__) not in PIPELINES:
             raise ValueError(f"a {name} is not supported; give a {' or '.join(PIPELINES)}")
+        check_components("the pipeline in memory", index_of(pipeline))
         schedule = schedule_of(pipeline)
         return cls(pipeline.unet, schedule, pipeline.unet.device)
 

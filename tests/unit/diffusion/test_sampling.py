@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -128,12 +130,72 @@ def test_steps_the_schedule_cannot_take_are_refused(steps, message):
         Sampler(num_inference_steps=steps).check_steps(1000)
 
 
-def test_a_start_at_no_signal_is_refused_for_noise_predictors_only():
-    cosine = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
-    epsilon = NoiseSchedule.from_config({**cosine, "prediction_type": "epsilon"})
-    velocity = NoiseSchedule.from_config({**cosine, "prediction_type": "v_prediction"})
-    with pytest.raises(ValueError, match=r"use sampler\.timestep_spacing=leading"):
-        Sampler().check_schedule(epsilon)
-    Sampler(timestep_spacing="leading").check_schedule(epsilon)
-    Sampler().check_schedule(velocity)
-    Sampler().check_schedule(MicroNetwork().schedule)
+COSINE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+ZERO_SNR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+            "rescale_betas_zero_snr": True}  # fmt: skip
+BETA_SAMPLERS = ["ddim", "ddpm", "dpmsolver", "euler", "heun", "unipc"]
+SPACINGS = ["trailing", "leading", "linspace"]
+
+
+@pytest.mark.parametrize("scheduler", BETA_SAMPLERS)
+def test_a_start_at_no_signal_is_refused_for_noise_predictors_only(scheduler):
+    epsilon = NoiseSchedule.from_config({**COSINE, "prediction_type": "epsilon"})
+    velocity = NoiseSchedule.from_config({**COSINE, "prediction_type": "v_prediction"})
+    for spacing in ("trailing", "linspace"):
+        sampler = Sampler(scheduler=scheduler, timestep_spacing=spacing)
+        match = rf"timestep_spacing={spacing} starts at timestep 999, .* use sampler\.timestep_spac"
+        with pytest.raises(ValueError, match=match):
+            sampler.check_schedule(epsilon)
+        sampler.check_schedule(velocity)
+        sampler.check_schedule(MicroNetwork().schedule)
+    leading = Sampler(scheduler=scheduler, timestep_spacing="leading")
+    leading.check_schedule(epsilon)
+    every = replace(leading, num_inference_steps=1000)
+    # Steps that leave no room between them: two of the samplers then stay at timestep 0.
+    message = r"num_inference_steps=1000 (starts at timestep 999|with .* starts at timestep 0, )"
+    with pytest.raises(ValueError, match=message):
+        every.check_schedule(epsilon)
+
+
+def test_a_start_where_the_image_would_be_seen_already_is_refused():
+    """Leading timesteps begin a whole step early; of one step nothing is left."""
+    linear = MicroNetwork().schedule
+    for steps in (2, 50):
+        Sampler(timestep_spacing="leading", num_inference_steps=steps).check_schedule(linear)
+    for prediction_type in ("epsilon", "v_prediction"):
+        schedule = NoiseSchedule.from_config({**COSINE, "prediction_type": prediction_type})
+        with pytest.raises(ValueError, match=r"num_inference_steps=1 with .* use .*=trailing"):
+            Sampler(timestep_spacing="leading", num_inference_steps=1).check_schedule(schedule)
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "spacing"),
+    [*(("v_prediction", spacing) for spacing in SPACINGS), ("sample", "trailing")],
+)
+@pytest.mark.parametrize("scheduler", BETA_SAMPLERS)
+def test_zero_terminal_snr_holds_in_each_sampler(scheduler, prediction_type, spacing):
+    network = IdealNetwork(prediction_type)
+    network.schedule = NoiseSchedule.from_config({**ZERO_SNR, "prediction_type": prediction_type})
+    options = {"scheduler": scheduler, "timestep_spacing": spacing, "num_inference_steps": 200}
+    sampler = Sampler(**options)
+    sampler.check_schedule(network.schedule)
+    built = sampler.build(network.schedule)
+    torch.testing.assert_close(
+        built.alphas_cumprod, network.schedule.alphas_cumprod, atol=1e-6, rtol=0
+    )
+    found = run(network, NOISE, SEEDS, **options)
+    if scheduler == "ddpm":
+        assert (found - 0.2).abs().max() < 5 * 0.3
+    else:  # the flow of the probabilities, as far as 200 steps follow it
+        assert (found - (0.2 + 0.3 * NOISE)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("scheduler", BETA_SAMPLERS)
+def test_betas_without_a_formula_of_the_samplers_are_those_of_the_model(scheduler):
+    """Only DDPMScheduler knows sigmoid betas."""
+    from diffusers import DDPMScheduler
+
+    schedule = NoiseSchedule.from_config({"beta_schedule": "sigmoid", "num_train_timesteps": 200})
+    own = DDPMScheduler(beta_schedule="sigmoid", num_train_timesteps=200)
+    built = Sampler(scheduler=scheduler).build(schedule)
+    assert torch.equal(built.alphas_cumprod, own.alphas_cumprod)

@@ -61,3 +61,65 @@ def test_timesteps_are_uniform_and_belong_to_the_generator():
 def test_unknown_prediction_type_names_the_supported_ones():
     with pytest.raises(ValueError, match="flow is not supported; use one of epsilon"):
         NoiseSchedule.from_config({**LINEAR, "prediction_type": "flow"})
+
+
+COSINE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+UNCUT = {
+    "linear": LINEAR,
+    "stable diffusion": {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+    },
+    "latent diffusion": {
+        "beta_start": 0.0015,
+        "beta_end": 0.0195,
+        "beta_schedule": "scaled_linear",
+    },
+    "few": {"num_train_timesteps": 20, "beta_start": 0.05, "beta_end": 0.9},
+    "velocity": {**COSINE, "prediction_type": "v_prediction"},
+    "flow": {"num_train_timesteps": 1000, "shift": 3.0},
+}
+
+
+@pytest.mark.parametrize("betas", UNCUT)
+def test_levels_are_drawn_by_the_weights_themselves_unless_one_would_take_them_all(betas):
+    schedule = NoiseSchedule.from_config(UNCUT[betas])
+    assert schedule.draw_weights is schedule.clean_latents_weights
+    drawn = schedule.draw_levels(1000, torch.Generator().manual_seed(0), by_weight=True)
+    weights = (schedule.noise_scales / schedule.signals).square()
+    if schedule.prediction_type != "epsilon":
+        weights = schedule.noise_scales.square()
+    expected = torch.multinomial(weights, 1000, True, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, expected)
+
+
+@pytest.mark.parametrize("count", [1000, 100, 4000])
+def test_no_level_of_a_cosine_schedule_takes_all_draws_and_expectations_are_kept(count):
+    schedule = NoiseSchedule.from_config({**COSINE, "num_train_timesteps": count})
+    probabilities = (schedule.draw_weights / schedule.draw_weights.sum()).double()
+    most = 50 / count
+    assert probabilities.max().item() == pytest.approx(most, rel=1e-4)
+    # The share of a level times its weight is that of a uniform draw, level by level.
+    uniform = torch.full((count,), 1 / count, dtype=torch.float64)
+    torch.testing.assert_close(
+        probabilities * schedule.importance_weights, uniform, rtol=1e-4, atol=0
+    )
+    whole = schedule.clean_latents_weights.double()
+    uncut = schedule.draw_weights == schedule.clean_latents_weights
+    assert uncut.sum() >= count - 1 / most
+    # What is not cut keeps its proportions, and what is cut is the largest.
+    assert whole[~uncut].min() >= whole[uncut].max()
+    drawn = schedule.draw_levels(20_000, torch.Generator().manual_seed(0), by_weight=True)
+    share = (drawn == count - 1).double().mean().item()
+    assert share == pytest.approx(most, abs=5 * (most / 20_000) ** 0.5)
+
+
+def test_the_mean_over_levels_drawn_by_weight_is_that_over_all():
+    schedule = NoiseSchedule.from_config(COSINE)
+    values = 1 + torch.arange(1000) / 250 * (torch.arange(1000) % 7 == 0)
+    drawn = schedule.draw_levels(400_000, torch.Generator().manual_seed(2), by_weight=True)
+    levels = drawn[drawn >= 500]
+    found = (schedule.importance_weights[levels] * values[levels]).sum() / len(drawn)
+    expected = values[500:].mean() / 2
+    assert found.item() == pytest.approx(expected.item(), rel=0.02)
