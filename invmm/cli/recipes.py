@@ -211,6 +211,8 @@ def _check_schedule(
     schedule: NoiseSchedule, sampler: Sampler, measurement: Measurement | None
 ) -> None:
     sampler.check_schedule(schedule)
+    if isinstance(measurement, Trajectory):
+        measurement.short_of(sampler, schedule)
     if isinstance(measurement, _NeedsLevels):
         measurement.check_schedule(schedule)
 

@@ -21,6 +21,7 @@ from annotated_types import Ge, Gt, Le, Len, Lt
 from torch import Tensor
 
 from invmm.diffusion.sampling import Sampler
+from invmm.diffusion.schedule import NoiseSchedule
 from invmm.engine.check import Check, check_replication, deciding_failures, starting_with
 from invmm.engine.criterion import ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Evaluations, NonFiniteError, Outcome
@@ -182,20 +183,28 @@ class Trajectory:
             )
 
     def short_sampler(self, setting: Setting) -> Sampler:
-        """The differentiated sampler: deterministic, and otherwise like that of the checks.
+        """See `short_of`, of the sampler of the checks."""
+        return self.short_of(setting.sampler, setting.schedule)
+
+    def short_of(self, sampler: Sampler, schedule: NoiseSchedule) -> Sampler:
+        """The differentiated sampler: deterministic, and otherwise like the given one.
 
         Raises:
             ValueError: the model cannot be sampled in so many steps.
         """
-        total, steps = setting.schedule.num_train_timesteps, self.sampler_steps
-        is_flow = setting.schedule.is_flow
+        total, steps, is_flow = schedule.num_train_timesteps, self.sampler_steps, schedule.is_flow
         if steps > total or (not is_flow and total % steps):
             raise ValueError(
                 f"inversion.sampler_steps={steps} does not divide the model's {total} training "
                 "timesteps; use a divisor of them"
             )
         scheduler = "flow_euler" if is_flow else "ddim"
-        return replace(setting.sampler, scheduler=scheduler, num_inference_steps=steps, eta=0.0)
+        short = replace(sampler, scheduler=scheduler, num_inference_steps=steps, eta=0.0)
+        try:
+            short.check_schedule(schedule)
+        except ValueError as error:
+            raise ValueError(f"with inversion.sampler_steps={steps}, {error}") from None
+        return short
 
     def cost(self, sampler: Sampler, criterion: ReplicationCriterion) -> CostRange:
         """See `Measurement`; `sampler` of the evaluations includes the differentiated ones."""

@@ -110,11 +110,11 @@ def index_of(pipeline: Any) -> dict[str, Any]:
 
     Subclasses go by their own names: what they change is not known.
     """
-    parts = getattr(pipeline, "components", {})
-    index: dict[str, Any] = {"_class_name": type(pipeline).__name__}
-    if type(pipeline).__module__.partition(".")[0] != "diffusers":
-        index["_class_name"] = f"{type(pipeline).__module__}.{type(pipeline).__name__}"
-    for name, part in parts.items():
+    own = type(pipeline)
+    is_theirs = own.__module__.partition(".")[0] in ("diffusers", "builtins")
+    name = own.__name__ if is_theirs else f"{own.__module__}.{own.__name__}"
+    index: dict[str, Any] = {"_class_name": name}
+    for name, part in getattr(pipeline, "components", {}).items():
         plain = type(getattr(part, "_orig_mod", part))
         index[name] = None if part is None else [plain.__module__.split(".")[0], plain.__name__]
     return index

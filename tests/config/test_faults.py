@@ -299,3 +299,55 @@ def test_a_scale_of_vq_latents_that_the_folder_does_not_tell(
     for value in ("0", "-1", "nan", "inf", "one", "true", "[1]"):
         (line,) = faults(f"model.latent_scale={value}", given=given)
         assert re.match(rf"model\.latent_scale={re.escape(value)} is not possible: it", line)
+
+
+@pytest.fixture
+def with_scheduler(model, images, tmp_path):
+    """(keys) -> overrides for the tiny model with these keys in its scheduler_config.json."""
+
+    def given(name="DDPMScheduler", **keys):
+        folder = Path(shutil.copytree(model, tmp_path / "other", dirs_exist_ok=True))
+        index = json.loads((folder / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", name]
+        (folder / "model_index.json").write_text(json.dumps(index))
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(keys))
+        weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        weights.write_bytes(b"never read")
+        return [f"model.path={folder}", "dataset=folder", f"dataset.path={images}", "dry_run=true"]
+
+    return given
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+def test_zero_terminal_snr_of_a_noise_predictor_is_one_fault(spacing, faults, with_scheduler):
+    given = with_scheduler(rescale_betas_zero_snr=True)
+    (line,) = faults(f"sampler.timestep_spacing={spacing}", given=given)
+    assert "rescale_betas_zero_snr=true leaves no signal" in line
+    assert line.endswith("or prediction_type=v_prediction, as the model was trained")
+
+
+def test_a_short_sampler_that_the_model_cannot_take_is_found_by_the_check(faults):
+    assert faults("inversion=trajectory", "inversion.sampler_steps=7") == [
+        "inversion.sampler_steps=7 does not divide the model's 1000 training timesteps; use a "
+        "divisor of them"
+    ]
+    overrides = ["inversion.sampler_steps=1", "sampler.timestep_spacing=leading"]
+    (line,) = faults("inversion=trajectory", *overrides)
+    assert line.startswith("with inversion.sampler_steps=1, sampler.num_inference_steps=1 with ")
+
+
+@pytest.mark.parametrize(("name", "keys", "message"), [
+    ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "timestep_type=continuous is not"),
+    ("EulerDiscreteScheduler", {"sigma_max": 700.0}, "sigma_max=700.0 is not supported"),
+    ("LCMScheduler", {}, "(it draws from distilled models, whose own way of sampling is not"),
+    ("EDMEulerScheduler", {"sigma_max": 80.0}, "(it holds no schedule that can be read; name"),
+    ("HeunDiscreteScheduler", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+     "rescale_betas_zero_snr=true means nothing to a HeunDiscreteScheduler"),
+    ("DDPMScheduler", {"beta_schedule": "squaredcos_cap_v2"},
+     "sampler.timestep_spacing=trailing starts at timestep 999, where alpha-bar is 2.4e-09"),
+])  # fmt: skip
+def test_a_schedule_that_cannot_be_read_is_one_fault_of_the_check(
+    name, keys, message, faults, with_scheduler
+):
+    (line,) = faults(given=with_scheduler(name, **keys))
+    assert message in line

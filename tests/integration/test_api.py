@@ -134,6 +134,20 @@ def test_another_pipeline_is_refused():
         invmm.measure({}, pictures(1))
 
 
+def test_a_scheduler_that_cannot_be_read_is_refused(pixel_pipeline, tmp_path):
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
+
+    for scheduler, message in (
+        (LCMScheduler(), r"the pipeline in memory wants its scheduler .*LCMScheduler.*distilled"),
+        (DDIMScheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr=true leaves no"),
+        (EulerDiscreteScheduler(timestep_type="continuous"), "timestep_type=continuous is not"),
+    ):
+        pixel_pipeline.scheduler = scheduler
+        with pytest.raises(ValueError, match=message):
+            invmm.measure(pixel_pipeline, pictures(1), *OPTIONS, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_importing_the_package_imports_nothing_heavy():
     script = "import sys, invmm; print(sorted({'torch', 'hydra', 'pandas'} & set(sys.modules)))"
     assert tiny.invmm([sys.executable, "-c", script]).stdout == "[]\n"
