@@ -212,9 +212,13 @@ def check_components(source: str, index: Mapping[str, Any]) -> None:
 
 
 def scheduler_json(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
-    """The scheduler's config, under the class that the index names, as diffusers builds it."""
+    """The scheduler's config, under the class that diffusers builds of it.
+
+    That is the one which the index names; only a DDIMPipeline makes a DDIMScheduler of any.
+    """
     config = read_json(folder / "scheduler_config.json")
-    return {**config, "_class_name": index["scheduler"][1]}
+    is_converted = index["_class_name"] == "DDIMPipeline"
+    return {**config, "_class_name": "DDIMScheduler" if is_converted else index["scheduler"][1]}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import inspect
 import json
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pipelines
@@ -137,12 +138,12 @@ def saved(unet, tmp_path_factory):
 def folder_with(saved, tmp_path):
     """(scheduler class, keys) -> the model with such a scheduler_config.json."""
 
-    def made(name: str, **keys: object) -> PixelUNet:
+    def made(name: str, pipeline: str = "DDPMPipeline", **keys: object) -> PixelUNet:
         path = tmp_path / f"model-{len(list(tmp_path.iterdir()))}"
         (path / "scheduler").mkdir(parents=True)
         (path / "unet").symlink_to(saved / "unet")
         index = json.loads((saved / "model_index.json").read_text())
-        index["scheduler"] = ["diffusers", name]
+        index |= {"scheduler": ["diffusers", name], "_class_name": pipeline}
         (path / "model_index.json").write_text(json.dumps(index))
         config = {"_class_name": name, **keys}
         (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
@@ -225,6 +226,13 @@ def test_supported_schedulers_give_their_own_schedule(name, folder_with, unet):
             assert info.prediction_type == scheduler.config.prediction_type
 
 
+def test_a_ddim_pipeline_makes_a_ddim_scheduler_of_any(folder_with):
+    """Keys left out then have the defaults of that class, not of the one in the files."""
+    recipe = folder_with("HeunDiscreteScheduler", "DDIMPipeline", beta_start=0.001)
+    own = diffusers.DDIMPipeline.from_pretrained(recipe.path).scheduler.alphas_cumprod
+    torch.testing.assert_close(recipe.schedule().alphas_cumprod, own, atol=1e-6, rtol=0)
+
+
 def test_a_supported_scheduler_without_its_package_is_refused_by_it(folder_with):
     missing = sorted(set(BETA_SCHEDULERS) - set(INSTALLED))
     for name in missing:
@@ -239,7 +247,8 @@ def test_drawing_equals_the_pipeline_with_the_same_betas(name, folder_with, unet
     pipeline = diffusers.DDIMPipeline(unet, ddim)
     pipeline.set_progress_bar_config(disable=True)
     rng = torch.Generator().manual_seed(0)
-    images = pipeline(batch_size=2, generator=rng, num_inference_steps=5, output_type="np").images
+    options = {"batch_size": 2, "num_inference_steps": 5, "output_type": "np"}
+    images: Any = pipeline(generator=rng, **options)["images"]  # pyright: ignore
     noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     network = folder_with(name, **KEYS["others"]).load(torch.device("cpu"))
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -176,6 +177,6 @@ def test_betas_of_an_array_and_a_converted_scheduler_are_those_of_the_object():
     assert torch.equal(found.signals, given.alphas_cumprod.sqrt())
     json.dumps(dict(found.trained))
     # Converting drops what was left at its default: diffusers then draws with Heun's own betas.
-    converted = HeunDiscreteScheduler.from_config(DDPMScheduler().config)
+    converted: Any = HeunDiscreteScheduler.from_config(DDPMScheduler().config)
     found = NoiseSchedule.from_scheduler(converted)
     torch.testing.assert_close(found.alphas_cumprod, converted.alphas_cumprod, atol=1e-6, rtol=0)
