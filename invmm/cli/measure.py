@@ -41,8 +41,10 @@ def _execute(
     recipes: MeasureConfig, config: Mapping[str, Any], folder: Path, identity: Mapping[str, Any]
 ) -> int:
     from invmm.cli.recipes import plan_of
+    from invmm.runtime.launch import refuse_copies
     from invmm.runtime.measure import measure
 
+    refuse_copies(recipes.shard)
     return measure(plan_of(recipes, folder=folder, config=config, identity=identity))
 
 

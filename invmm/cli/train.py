@@ -48,8 +48,10 @@ def _execute(
     recipes: TrainConfig, config: Mapping[str, Any], folder: Path, identity: Mapping[str, Any]
 ) -> int:
     from invmm.cli.compose import digest_of
+    from invmm.runtime.launch import refuse_copies
     from invmm.runtime.train import TrainRun, train
 
+    refuse_copies(can_shard=False)
     return train(
         TrainRun(
             model=recipes.model,

@@ -6,6 +6,8 @@ run_dir/finished.log             one line a record, in the order they were finis
 run_dir/processes.jsonl          how each process that came to its end spent its time
 run_dir/free_samples/            embeddings of a bank of free samples, one file a block
 run_dir/locks/                   held by processes at work; the kernel frees them when one dies
+
+A folder belongs to a config from its first result on: a run that failed before leaves no claim.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ from invmm.data.dataset import ImageEntry
 from invmm.engine.outcomes import Status
 from invmm.files import record_key, write_atomically
 from invmm.inversion.saved import load_record
+
+_RESULTS = ("records/*/record.json", "free_samples/*.safetensors", "checkpoints/*.ckpt", "step_*")
+"""What makes a folder worth keeping: of measuring, then of training."""
+_OF_A_RUN = ("config.json", "manifest.json", "rows.json", "processes.jsonl")
 
 
 @dataclass(frozen=True)
@@ -187,22 +193,19 @@ class OwnedRunFolder:
 
     def __init__(self, folder: RunFolder, config: Mapping[str, Any], shard: str | None) -> None:
         path = folder.path
-        self._is_alone = shard is None
+        self._folder, self._is_alone = folder, shard is None
+        self._locks: list[IO[bytes] | None] = []
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._locks = _locks(path, shard)
+            with (path / "opening.lock").open("ab") as opening:
+                # One run at a time finds out who else is here and whose the folder is.
+                fcntl.flock(opening, fcntl.LOCK_EX)
+                self._take(config, shard)
         except OSError as error:
+            self._close()
             raise ValueError(
                 f"run_dir={path} cannot be written: {error.strerror}; choose another run_dir"
             ) from error
-        if None in self._locks:
-            self._close()
-            raise ValueError(
-                f"another run is at work in {path}; wait for it or choose another run_dir"
-            )
-        self._folder = folder
-        try:
-            self._belongs_to(config)
         except BaseException:
             self._close()
             raise
@@ -227,23 +230,59 @@ class OwnedRunFolder:
             if lock is not None:
                 lock.close()
 
+    def _take(self, config: Mapping[str, Any], shard: str | None) -> None:
+        path = self._folder.path
+        self._locks = [_lock(path / "run.lock")]
+        if self._locks != [None]:
+            self._forget_run_without_results()
+        if shard is not None:
+            self._close()
+            (path / "locks").mkdir(exist_ok=True)
+            name = f"shard-{shard.replace('/', '-of-')}.lock"
+            self._locks = [_lock(path / "run.lock", shared=True), _lock(path / "locks" / name)]
+        if None in self._locks:
+            raise ValueError(
+                f"another run is at work in {path}; wait for it or choose another run_dir"
+            )
+        self._belongs_to(config)
+
+    def _forget_run_without_results(self) -> None:
+        path = self._folder.path
+        if _stored(path) is None or any(any(path.glob(pattern)) for pattern in _RESULTS):
+            return
+        claims = [_lock(lock) for lock in (path / "locks").glob("*.lock")]
+        if None not in claims:  # else a process of the run is still ending
+            for name in _OF_A_RUN:
+                (path / name).unlink(missing_ok=True)
+        for claim in claims:
+            if claim is not None:
+                claim.close()
+
     def _belongs_to(self, config: Mapping[str, Any]) -> None:
         path = self._folder.path / "config.json"
         if not path.exists():
             content = {"digest": self._folder.digest, "config": config}
             write_atomically(path, json.dumps(content, indent=1).encode())
             return
-        try:
-            stored = json.loads(path.read_bytes())
-            same = stored["digest"] == self._folder.digest
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged; choose another run_dir") from error
-        if not same:
+        stored = _stored(self._folder.path)
+        if stored is None:
+            raise ValueError(f"{path} is damaged or not a run's; choose another run_dir")
+        if stored["digest"] != self._folder.digest:
             raise ValueError(
                 f"run_dir={self._folder.path} holds a run of another config "
                 f"({'; '.join(differences(stored['config'], config)) or 'see its config.json'}); "
                 "choose another run_dir or use the same values"
             )
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    """The config.json of a run; None if there is none, or another file of that name."""
+    try:
+        stored = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    is_ours = isinstance(stored, dict) and stored.keys() == {"digest", "config"}
+    return stored if is_ours else None
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
@@ -255,17 +294,6 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
             for line in differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
         ]
     return [] if old == new else [f"{key} was {old} and is {new}"]
-
-
-def _locks(folder: Path, shard: str | None) -> list[IO[bytes] | None]:
-    """The folder for oneself, or shared with other shards but the shard for oneself."""
-    if shard is None:
-        return [_lock(folder / "run.lock")]
-    (folder / "locks").mkdir(exist_ok=True)
-    return [
-        _lock(folder / "run.lock", shared=True),
-        _lock(folder / "locks" / f"shard-{shard.replace('/', '-of-')}.lock"),
-    ]
 
 
 def _lock(path: Path, *, shared: bool = False) -> IO[bytes] | None:

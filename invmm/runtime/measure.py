@@ -19,8 +19,7 @@ from invmm.runtime.processes import (
     EXIT_INCOMPLETE,
     WORKER_DEATHS,
     last_line,
-    no_process_left,
-    trainer_options,
+    own_processes,
 )
 from invmm.runtime.progress import progress_bar
 from invmm.runtime.signals import Interrupted, interruptible, raise_on_signals
@@ -127,12 +126,11 @@ class _OneBatch:
 
 
 def _predict(module: MeasureModule, settings: TrainerSettings) -> None:
-    trainer = pl.Trainer(
-        **trainer_options(settings),
+    with own_processes(
+        settings,
         inference_mode=False,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
-    )
-    with no_process_left(trainer):
+    ) as trainer:
         trainer.predict(module, _OneBatch(), return_predictions=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import resource
 import warnings
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from invmm.runtime.trainer import TrainerSettings
@@ -27,27 +29,46 @@ WORKER_DEATHS = (ProcessExitedException, ProcessRaisedException)
 """What a parent sees of a worker that was killed or raised."""
 
 
-def trainer_options(settings: TrainerSettings) -> dict[str, Any]:
-    """Options of `pl.Trainer` that measuring and training share."""
-    return {
-        "accelerator": settings.accelerator,
-        "devices": settings.devices,
-        "strategy": "ddp_spawn" if settings.devices > 1 else "auto",
-        "use_distributed_sampler": False,
-        "enable_model_summary": False,
-    }
+_OF_LAUNCHERS = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "STANDALONE_PORT", "TORCHELASTIC_USE_AGENT_STORE"),
+)
+"""Ranks and addresses by which other launchers tie processes together."""
 
 
 @contextmanager
-def no_process_left(trainer: pl.Trainer) -> Iterator[None]:
-    """Ends all workers when the block ends, however it ends."""
+def own_processes(settings: TrainerSettings, **options: Any) -> Iterator[pl.Trainer]:
+    """A trainer that starts one process a device by itself and leaves none of them behind.
+
+    Within SLURM, torchrun, LSF, MPI or Kubeflow, Lightning would take theirs for its own: each
+    process that it starts would be rank 0 of 1.
+
+    Args:
+        settings: devices.
+        options: further ones of `pl.Trainer`.
+    """
+    inherited = {name: os.environ.pop(name) for name in _OF_LAUNCHERS if name in os.environ}
+    launcher = None
     try:
-        yield
+        trainer = pl.Trainer(
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            strategy="ddp_spawn" if settings.devices > 1 else "auto",
+            plugins=[LightningEnvironment()],
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            **options,
+        )
+        launcher = trainer.strategy.launcher
+        yield trainer
     finally:
-        for process in getattr(trainer.strategy.launcher, "procs", []):
+        for process in getattr(launcher, "procs", []):
             process.terminate()
             process.join(timeout=10)
             process.kill()
+        for name in _OF_LAUNCHERS:
+            os.environ.pop(name, None)  # Lightning's
+        os.environ.update(inherited)
 
 
 def last_line(error: BaseException) -> str:

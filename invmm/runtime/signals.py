@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 class Interrupted(BaseException):
@@ -21,20 +24,62 @@ class Interrupted(BaseException):
 
 
 def _raise(signum: int, frame: FrameType | None) -> None:
+    queue_again = _queue_again() if signum == signal.SIGTERM else None
     ignore_signals()
+    if queue_again is not None:
+        queue_again(signum, frame)  # ends in SystemExit
     raise Interrupted(signum)
 
 
 def raise_on_signals() -> None:
-    """Turns SIGINT and SIGTERM into `Interrupted`, in place of whatever handled them."""
+    """Turns SIGINT and SIGTERM into `Interrupted`, in place of whatever handled them.
+
+    In a job of submitit SIGTERM queues the job again, as the signal does that submitit waits for.
+    """
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _raise)
+    requeue = _requeue_signal()
+    if requeue is not None and signal.getsignal(requeue) == signal.SIG_DFL:
+        signal.signal(requeue, signal.SIG_IGN)  # of a worker; the process that started it acts
 
 
 def ignore_signals() -> None:
     """Lets a run finish its goodbye even when the key is pressed twice."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    requeue = _requeue_signal()
+    for signum in (signal.SIGINT, signal.SIGTERM, *([requeue] if requeue is not None else [])):
         signal.signal(signum, signal.SIG_IGN)
+
+
+def _requeue_signal() -> signal.Signals | None:
+    """The signal on which submitit queues its job again; None outside of its jobs."""
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return None
+    name = os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")
+    return getattr(signal, f"SIG{name}", signal.SIGUSR2)
+
+
+def _queue_again() -> Callable[[int, FrameType | None], Any] | None:
+    """What queues this job again; None if nothing does, or the job is to end.
+
+    SLURM announces a preemption by SIGTERM, and by no other signal unless its administrator asked
+    for one. A job that was cancelled gets SIGTERM too, but does not count as running any more.
+    """
+    requeue = _requeue_signal()
+    handler = signal.getsignal(requeue) if requeue is not None else None
+    return handler if callable(handler) and _is_to_run() else None
+
+
+def _is_to_run() -> bool:
+    """Whether SLURM, if this is one of its jobs, still counts the job as running."""
+    if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
+        return True
+    job = os.environ.get("SLURM_JOB_ID", "")
+    command = ["squeue", "--noheader", "--jobs", job, "--format", "%T"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return answer.stdout.strip() == "RUNNING"
 
 
 @contextmanager

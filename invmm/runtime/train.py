@@ -24,8 +24,7 @@ from invmm.runtime.processes import (
     EXIT_INCOMPLETE,
     WORKER_DEATHS,
     last_line,
-    no_process_left,
-    trainer_options,
+    own_processes,
 )
 from invmm.runtime.signals import Interrupted, interruptible, raise_on_signals
 from invmm.runtime.trainer import TrainerSettings
@@ -196,8 +195,8 @@ class _Steps:
 def _fit(module: TrainModule, run: TrainRun, manifest: TrainingManifest) -> None:
     checkpoints = run.run_dir / "checkpoints"
     averaged = AveragedWeights(run.training.ema_decay)
-    trainer = pl.Trainer(
-        **trainer_options(run.trainer),
+    with own_processes(
+        run.trainer,
         max_steps=run.training.num_steps,
         gradient_clip_val=run.training.gradient_clip,
         log_every_n_steps=_LOG_EVERY,
@@ -216,8 +215,7 @@ def _fit(module: TrainModule, run: TrainRun, manifest: TrainingManifest) -> None
                 enable_version_counter=False,
             ),
         ],
-    )
-    with no_process_left(trainer):
+    ) as trainer:
         trainer.fit(module, _Steps(run.training.num_steps), ckpt_path=_newest(checkpoints))
 
 

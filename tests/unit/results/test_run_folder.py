@@ -85,8 +85,8 @@ def test_a_finished_image_cannot_be_claimed(folder):
 def test_another_config_is_refused_with_both_values(tmp_path):
     before = {"seed": 0, "sampler": {"steps": 20, "eta": 0.0}, "same": [1, 2]}
     after = {"seed": 7, "sampler": {"steps": 20, "eta": 0.5}, "same": [1, 2]}
-    with RunFolder.open(tmp_path, config=before, digest="one"):
-        pass
+    with RunFolder.open(tmp_path, config=before, digest="one") as folder:
+        written.write(folder, written.entry("a"), written.outcome(Status.REPLICATED, score=0.1))
     with pytest.raises(ValueError, match="holds a run of another config") as refusal:
         RunFolder.open(tmp_path, config=after, digest="two")
     message = str(refusal.value)
@@ -99,12 +99,59 @@ def test_another_config_is_refused_with_both_values(tmp_path):
         pass
 
 
-def test_a_damaged_config_is_said(tmp_path):
-    with RunFolder.open(tmp_path, config={}, digest="one"):
-        pass
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+@pytest.mark.parametrize("content", ["{", "[]", '{"_class_name": "UNet2DModel"}'])
+def test_a_config_that_is_damaged_or_not_a_runs_is_said_and_stays(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json is damaged or not a run's"):
         RunFolder.open(tmp_path, config={}, digest="one")
+    assert (tmp_path / "config.json").read_text() == content
+
+
+@pytest.mark.parametrize("shard", [None, "0/2"])
+def test_a_run_without_results_leaves_no_claim(shard, tmp_path):
+    for digest in ("one", "two"):
+        with RunFolder.open(tmp_path, config={"a": digest}, digest=digest, shard=shard) as folder:
+            assert not (tmp_path / "manifest.json").exists()
+            assert json.loads((tmp_path / "config.json").read_bytes())["digest"] == digest
+            (tmp_path / "manifest.json").write_text("{}")
+    written.write(folder, written.entry("a"), written.outcome(Status.REPLICATED, score=0.1))
+    with pytest.raises(ValueError, match="a was two and is one"):
+        RunFolder.open(tmp_path, config={"a": "one"}, digest="one", shard=shard)
+
+
+@pytest.mark.parametrize("result", [
+    "free_samples/00000.safetensors", "checkpoints/step=00000003.ckpt", "step_000004/model.json",
+])  # fmt: skip
+def test_other_results_than_records_claim_a_folder_too(result, tmp_path):
+    with RunFolder.open(tmp_path, config={}, digest="one"):
+        (tmp_path / result).parent.mkdir()
+        (tmp_path / result).touch()
+    with pytest.raises(ValueError, match="holds a run of another config"):
+        RunFolder.open(tmp_path, config={}, digest="two")
+
+
+def test_a_shard_at_work_keeps_its_claim_before_its_first_record(tmp_path):
+    with RunFolder.open(tmp_path, config={"a": 1}, digest="one", shard="0/2"):
+        with RunFolder.open(tmp_path, config={"a": 1}, digest="one", shard="1/2"):
+            pass
+        with pytest.raises(ValueError, match="a was 1 and is 2"):
+            RunFolder.open(tmp_path, config={"a": 2}, digest="two", shard="1/2")
+        with pytest.raises(ValueError, match="another run is at work"):
+            RunFolder.open(tmp_path, config={"a": 2}, digest="two")
+
+
+def test_a_process_that_outlived_its_run_keeps_the_claim(tmp_path):
+    """A worker may take a moment to notice that the command that started it was killed."""
+    with RunFolder.open(tmp_path, config={"a": 1}, digest="one"):
+        pass
+    other = held_elsewhere(tmp_path, "cat.png")
+    try:
+        with pytest.raises(ValueError, match="a was 1 and is 2"):
+            RunFolder.open(tmp_path, config={"a": 2}, digest="two")
+    finally:
+        end(other)
+    with RunFolder.open(tmp_path, config={"a": 2}, digest="two"):
+        pass
 
 
 def test_a_folder_that_cannot_be_written_is_a_users_error(tmp_path):
