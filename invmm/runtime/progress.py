@@ -1,4 +1,4 @@
-"""The progress bar of a run: images done, with a score so far, time left."""
+"""The progress bars: images done, with a score so far, or steps trained; and the time left."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import pytorch_lightning as pl
 from tqdm import tqdm
 
 from invmm.data.dataset import ImageEntry
@@ -51,3 +53,37 @@ def progress_bar(folder: RunFolder, entries: Sequence[ImageEntry]) -> Iterator[N
         thread.join()
         look()
         bar.close()
+
+
+class TrainingBar(pl.Callback):
+    """Steps of a training; one that goes on counts the steps before, but not their time."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins at the step of the checkpoint, if there is one."""
+        self._bar = tqdm(
+            total=trainer.max_steps,
+            initial=trainer.global_step,
+            unit="step",
+            desc="training",
+            smoothing=0,  # the mean speed
+            mininterval=_SECONDS_BETWEEN_LOOKS,
+            dynamic_ncols=True,
+            disable=not trainer.is_global_zero,
+        )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        """Shows the last loss that was logged."""
+        if self._bar is not None:
+            shown = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(trainer.global_step - self._bar.n)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()

@@ -11,7 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from invmm.runtime.processes import (
     last_line,
     own_processes,
 )
+from invmm.runtime.progress import TrainingBar
 from invmm.runtime.signals import Interrupted, interruptible, raise_on_signals
 from invmm.runtime.trainer import TrainerSettings
 from invmm.runtime.training import TrainingSettings
@@ -201,10 +202,11 @@ def _fit(module: TrainModule, run: TrainRun, manifest: TrainingManifest) -> None
         gradient_clip_val=run.training.gradient_clip,
         log_every_n_steps=_LOG_EVERY,
         logger=CSVLogger(run.run_dir, name="log"),
+        enable_progress_bar=False,
         callbacks=[
             averaged,
             Export(run.run_dir, run.training, averaged, manifest),
-            TQDMProgressBar(refresh_rate=10),
+            TrainingBar(),
             ModelCheckpoint(
                 dirpath=checkpoints,
                 filename="{step:08d}",

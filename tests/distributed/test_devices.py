@@ -11,13 +11,43 @@ import pytest
 import tiny
 from integration.test_measure import wait_for
 
+SLURM_STEP = {
+    "SLURM_JOB_ID": "8815", "SLURM_JOB_NAME": "invmm", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1",
+    "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node7",
+}  # fmt: skip
+
 
 @pytest.mark.slow
 def test_two_processes_equal_one(finished, model, images, tmp_path):
+    """Within a SLURM step of one task, whose ranks and ports are none of theirs."""
     run_dir, _ = finished
-    result = tiny.invmm(tiny.command(model, images, tmp_path / "run", "trainer.devices=2"))
+    command = tiny.command(model, images, tmp_path / "run", "trainer.devices=2")
+    result = tiny.invmm(command, env=SLURM_STEP)
     assert result.returncode == 0, result.stderr
     assert tiny.records(tmp_path / "run") == tiny.records(run_dir)
+
+
+@pytest.mark.slow
+def test_two_processes_under_torchrun_equal_one(finished, model, images, tmp_path):
+    run_dir, _ = finished
+    command = tiny.command(model, images, tmp_path / "run", "trainer.devices=2")
+    options = ["--nproc-per-node=1", "--master-port=29713", "--no-python"]
+    result = tiny.invmm([*command[:1], "-m", "torch.distributed.run", *options, *command])
+    assert result.returncode == 0, result.stderr
+    assert tiny.records(tmp_path / "run") == tiny.records(run_dir)
+
+
+def test_copies_of_a_command_are_refused_in_one_line(model, images, tmp_path):
+    """Two tasks of srun: each would measure every image."""
+    second = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+    command = tiny.command(model, images, tmp_path / "run")
+    result = tiny.invmm(command, env={**SLURM_STEP, **second})
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("invmm: SLURM_PROCID=1 of SLURM_STEP_NUM_TASKS=2: SLURM runs")
+    assert "--ntasks=1" in line
+    assert not list((tmp_path / "run").glob("*"))
 
 
 def children(pid: int) -> list[int]:

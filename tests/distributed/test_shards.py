@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 
 import pytest
 import tiny
+from distributed.test_devices import children
+from integration.test_measure import wait_for
 
 
 def test_shards_in_one_folder_equal_one_run(finished, model, images, tmp_path):
@@ -74,3 +78,25 @@ def test_a_job_that_fails_elsewhere_fails_the_command(name, model, images, tmp_p
     assert "Traceback" not in result.stderr
     measured = list((tmp_path / "sweep").glob("*/records/*/record.json"))
     assert len(measured) == 1  # the other job ran
+
+
+@pytest.mark.slow
+def test_a_job_that_gets_sigterm_is_queued_again_and_goes_on(finished, model, images, tmp_path):
+    """SLURM announces a preemption so; here the signal goes to the task, as SLURM sends it."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    run_dir, _ = finished
+    command = tiny.command(model, images, tmp_path / "sweep", "engine.slots=1")[3:]
+    sweep = subprocess.Popen(
+        [tiny.SCRIPTS / "invmm", *command, "--multirun", "hydra/launcher=submitit_local",
+         "hydra.launcher.timeout_min=5", "shard=0/1"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=tiny.environment(),
+    )  # fmt: skip
+    wait_for(lambda: list((tmp_path / "sweep").glob("*/records/*/record.json")), seconds=120)
+    (controller,) = children(sweep.pid)
+    os.kill(controller, signal.SIGTERM)  # it hands the signal on to its task
+    output, _ = sweep.communicate(timeout=120)
+    assert sweep.returncode == 0, output
+    logs = "".join(path.read_text() for path in (tmp_path / "sweep").rglob(".submitit/*/*log.err"))
+    assert "this job is preempted" in logs
+    (folder,) = [path.parent for path in (tmp_path / "sweep").glob("*/manifest.json")]
+    assert tiny.records(folder) == tiny.records(run_dir)
