@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench bench-gpu study figures clean
+.PHONY: help setup demo test test-all test-gpu lint format bench bench-gpu study figures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,10 +22,13 @@ demo: $(READY)  ## train a small model with planted copies and find what it memo
 	bash experiments/demo/run.sh
 
 test: $(READY)  ## the quick tests (under ten minutes on two cores)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not slow and not gpu"
 
 test-all: $(READY)  ## all tests, killed and distributed runs included (twenty minutes)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not gpu"
+
+test-gpu: $(READY)  ## what needs a GPU (three minutes); says what it skipped
+	$(PYTHON) -m pytest -m gpu -rsP tests/gpu
 
 lint: $(READY)  ## ruff and pyright
 	$(VENV)/bin/ruff check .

@@ -38,13 +38,16 @@ def test_two_processes_under_torchrun_equal_one(finished, model, images, tmp_pat
     assert tiny.records(tmp_path / "run") == tiny.records(run_dir)
 
 
-def test_copies_of_a_command_are_refused_in_one_line(model, images, tmp_path):
+def test_copies_of_a_command_are_refused_in_one_line(model, images, tmp_path, monkeypatch, capsys):
     """Two tasks of srun: each would measure every image."""
+    from invmm.cli.measure import COMMAND
+
     second = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
-    command = tiny.command(model, images, tmp_path / "run")
-    result = tiny.invmm(command, env={**SLURM_STEP, **second})
-    assert result.returncode == 2
-    (line,) = result.stderr.strip().splitlines()
+    for name, value in {**SLURM_STEP, **second}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["invmm"])  # Hydra's
+    assert COMMAND.run(tiny.command(model, images, tmp_path / "run")[3:]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("invmm: SLURM_PROCID=1 of SLURM_STEP_NUM_TASKS=2: SLURM runs")
     assert "--ntasks=1" in line
     assert not list((tmp_path / "run").glob("*"))
