@@ -186,14 +186,16 @@ def test_out_of_memory_halves_the_rows_and_changes_no_answer(tmp_path):
             rng = torch.Generator().manual_seed(index)
             latents = torch.randn(2, 3, 64, 64, generator=rng).to(DEVICE).requires_grad_()
             prediction = await Denoise(latents, torch.tensor([10, 500], device=DEVICE))
-            (gradient,) = torch.autograd.grad(prediction.clean_latents.sum(), latents)
+            (gradient,) = torch.autograd.grad(prediction.output.square().sum(), latents)
             return Outcome(status=Status.NOT_REPLICATED, tensors={"gradient": gradient.cpu()})
 
         engine = Engine(network, Direction(), EngineSettings(slots=4, rows_denoise=rows))
         jobs = [Job(str(index), lambda index=index: measure(index)) for index in range(4)]
         return {job.key: outcome for job, outcome in engine.run(jobs)}, engine.rows[Denoise]
 
-    expected, _ = answered(16)
+    expected, rows = answered(16)
+    assert rows == 16
+    assert [outcome.error for outcome in expected.values()] == [None] * 4
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     limit = torch.cuda.memory_reserved() + 2**30
