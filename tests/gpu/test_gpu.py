@@ -22,7 +22,7 @@ from worlds import Direction
 from invmm.diffusion.guidance import repeated
 from invmm.engine.engine import Engine
 from invmm.engine.outcomes import Outcome, Status
-from invmm.engine.requests import Denoise
+from invmm.engine.requests import Denoise, Minimise
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
 from invmm.models.auto import AutoModel
@@ -186,8 +186,9 @@ def test_out_of_memory_halves_the_rows_and_changes_no_answer(tmp_path):
             rng = torch.Generator().manual_seed(index)
             latents = torch.randn(2, 3, 64, 64, generator=rng).to(DEVICE).requires_grad_()
             prediction = await Denoise(latents, torch.tensor([10, 500], device=DEVICE))
-            (gradient,) = torch.autograd.grad(prediction.output.square().sum(), latents)
-            return Outcome(status=Status.NOT_REPLICATED, tensors={"gradient": gradient.cpu()})
+            await Minimise(prediction.output.square().sum())
+            assert latents.grad is not None
+            return Outcome(status=Status.NOT_REPLICATED, tensors={"gradient": latents.grad.cpu()})
 
         engine = Engine(network, Direction(), EngineSettings(slots=4, rows_denoise=rows))
         jobs = [Job(str(index), lambda index=index: measure(index)) for index in range(4)]
