@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from invmm.cli.lists import contents, with_lists
 from invmm.files import json_digest
 
 CONF = "invmm.conf"
@@ -45,6 +46,7 @@ def groups() -> dict[str, list[str]]:
 
 def jobs(overrides: Sequence[str], *, multirun: bool, faults: list[str]) -> list[list[str]]:
     """The overrides of each job of a sweep, or of the one job; unreadable ones are left out."""
+    contents().clear()  # a command reads the files of lists anew
     with initialize_config_module(CONF, version_base="1.3"):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         split: list[list[str]] = []
@@ -74,7 +76,7 @@ def compose_job(config_name: str, overrides: Sequence[str], faults: list[str]) -
     try:
         with initialize_config_module(CONF, version_base="1.3"):
             config = compose(config_name, accepted)
-        return plain(config)
+        return plain(config, faults)
     except OmegaConfBaseException as error:
         faults.append(f"{error.full_key or 'the config'} does not resolve: {_first_line(error)}")
     except HydraException as error:
@@ -88,12 +90,12 @@ def permissive(overrides: Sequence[str]) -> list[str]:
     return [_permissive(override, known) for override in overrides]
 
 
-def plain(config: DictConfig) -> dict[str, Any]:
-    """A composed config as plain containers, without Hydra's own node."""
+def plain(config: DictConfig, faults: list[str] | None = None) -> dict[str, Any]:
+    """A composed config as plain containers, without Hydra's own node; see `with_lists`."""
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     container = OmegaConf.to_container(own, resolve=True)
     assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    return with_lists({str(key): value for key, value in container.items()}, faults)
 
 
 def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import yaml
 
 from invmm.cli.compose import digest_of
 from invmm.cli.recipes import MeasureConfig
-from invmm.data.dataset import DatasetRecipe
 from invmm.data.hub import NotReachedError
 from invmm.engine.outcomes import CostRange, Evaluations
 from invmm.models.adapter import ModelInfo, ModelRecipe
@@ -141,7 +140,7 @@ class Memory:
 def describe(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
     """Config, images, evaluations, time and memory of a run. Loads no weights."""
     info = recipes.model.describe()
-    images, remarks = _images(recipes.dataset, info.image_size)
+    images, remarks = _images(recipes, info.image_size)
     rows = 1 if recipes.engine.rows_denoise == "auto" else recipes.engine.rows_denoise
     call = recipes.model.call_cost(rows, recipes.execution)
     cost, shared = _cost(recipes)
@@ -194,18 +193,19 @@ def _cost(recipes: MeasureConfig) -> tuple[CostRange, Evaluations]:
     return measurement.cost(sampler, recipes.replication), Evaluations()
 
 
-def _images(dataset: DatasetRecipe, size: int) -> tuple[int, list[str]]:
+def _images(recipes: MeasureConfig, size: int) -> tuple[int, list[str]]:
     """How many images a run measures, and remarks on them.
 
     Raises:
         ValueError: the data set cannot be used, or is not here and nobody said how large it is.
     """
     try:
-        opened = dataset.open(size)
+        opened = recipes.dataset.open(size)
     except NotReachedError as error:
         if error.num_images is None:
             raise
         return error.num_images, [f"data set: not here, its size is taken as stated; {error}"]
+    recipes.prompt.check(opened.entries)
     return len(opened.entries), [f"data set: {problem}" for problem in opened.problems]
 
 

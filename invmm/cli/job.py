@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from invmm.cli.compose import plain, register_resolvers
+from invmm.cli.lists import contents
 
 register_resolvers()  # a launcher's process gets them by unpickling a job
 
@@ -38,11 +39,18 @@ class HydraJob:
         work: (plain config, folder of the job) -> exit code.
         codes: exit codes of the jobs that ran in the launching process.
         launched_by: id of that process.
+        lists: what the command read from files, see `invmm.cli.lists`; it travels with the job.
     """
 
     work: Callable[[Mapping[str, Any], Path], int]
     codes: list[int] = field(default_factory=list)
     launched_by: int = field(default_factory=os.getpid)
+    lists: dict[str, list[Any]] = field(default_factory=contents)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Makes the lists known where a launcher took the job."""
+        self.__dict__.update(state)
+        contents().update(self.lists)
 
     def __call__(self, config: DictConfig) -> None:
         """Runs the job.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class ImageEntry:
     """One image of a data set; nothing is decoded yet.
 
     Attributes:
-        image_id: stable and unique: the relative POSIX path, or the code point of an icon.
+        image_id: stable and unique: the relative POSIX path in NFC, or the code point of an icon.
         path: where it comes from.
         caption: its prompt, if there is one.
         label: its class, if there is one.
@@ -99,6 +100,11 @@ class DatasetRecipe(Protocol):
         ...
 
 
+def canonical(name: str) -> str:
+    """A name in Unicode's composed form (NFC): macOS writes names of files decomposed."""
+    return unicodedata.normalize("NFC", name)
+
+
 def select(
     entries: Sequence[ImageEntry],
     *,
@@ -118,12 +124,13 @@ def select(
     """
     if ids is not None:
         by_id = {entry.image_id: entry for entry in entries}
-        for image_id in ids:
+        named = [image_id if image_id in by_id else canonical(image_id) for image_id in ids]
+        for image_id in named:
             if image_id not in by_id:
                 near = difflib.get_close_matches(image_id, by_id, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ValueError(f"dataset.ids names {image_id}, which is not in the set{hint}")
-        return [by_id[image_id] for image_id in ids]
+        return [by_id[image_id] for image_id in named]
     if take is None:
         return list(entries)
     left = dict(take)
@@ -150,7 +157,7 @@ def check_selection(ids: Sequence[str] | None, take: Mapping[str, int] | None) -
         raise ValueError("dataset.ids and dataset.take exclude each other; give one of them")
     if ids is not None and not ids:
         raise ValueError("dataset.ids=[] leaves no image; use dataset.ids=null to measure all")
-    for image_id, count in Counter(ids).items():
+    for image_id, count in Counter(map(canonical, ids or ())).items():
         if count > 1:
             raise ValueError(f"dataset.ids names {image_id} {count} times; name it once")
     groups = ("duplicated", "single", "held_out")

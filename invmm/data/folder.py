@@ -12,21 +12,26 @@ from typing import Annotated
 from annotated_types import Ge, MinLen
 
 from invmm.data.dataset import ImageEntry, ImageError, LoadedImage, check_selection, select
-from invmm.data.images import MIN_SIDE, Resize, load_image, read_bytes
-from invmm.data.listing import EXTENSIONS, Listing
+from invmm.data.images import MIN_SIDE, Resize, formats, load_image, read_bytes
+from invmm.data.listing import Listing
 from invmm.data.manifest import TrainingManifest
+from invmm.data.metadata import Columns
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder:
     """Every image below a folder.
 
-    Captions come from `metadata.jsonl` (keys file_name and text or caption, optionally label,
-    split and copies) or from a text file beside the image. A training manifest, as `invmm-train`
-    writes it beside a model, tells split and copies by the content of the files.
+    Captions come from `metadata.csv`, `metadata.jsonl` or `metadata.parquet`, in the folder or in
+    subfolders (file_name and text, caption or prompt, optionally label, split and copies), or from
+    a text file beside the image. A training manifest, as `invmm-train` writes it beside a model,
+    tells split and copies by the content of the files.
 
     Attributes:
         path: of the folder.
+        image: column of the files' names in the metadata; null takes file_name, or else image.
+        caption: column of the prompts; null takes text, caption or prompt, whichever is there.
+        label: column of the class numbers; null takes label, if it is there.
         size: side of the loaded images; null takes the model's.
         resize: what happens to images that are not square: crop, squash or pad (on white).
         recursive: look into subfolders.
@@ -39,6 +44,9 @@ class ImageFolder:
     """
 
     path: Annotated[str, MinLen(1)]
+    image: Annotated[str, MinLen(1)] | None = None
+    caption: Annotated[str, MinLen(1)] | None = None
+    label: Annotated[str, MinLen(1)] | None = None
     size: Annotated[int, Ge(MIN_SIDE)] | None = None
     resize: Resize = "crop"
     recursive: bool = True
@@ -53,24 +61,28 @@ class ImageFolder:
         """Lists the folder.
 
         Raises:
-            ValueError: no such folder, or no images in it.
+            ValueError: no such folder, no images in it, or names or metadata that have no single
+                meaning.
         """
         root = os.path.expanduser(self.path)
         if not os.path.isdir(root):  # unlike Path.is_dir, False for a name that is too long
             raise ValueError(f"dataset.path={self.path} is not a folder; give a folder of images")
-        listing = Listing(Path(root).resolve())
+        columns = Columns(image=self.image, caption=self.caption, label=self.label)
+        listing = Listing(Path(root).resolve(), columns)
         entries = listing.entries(recursive=self.recursive)
+        problems = listing.problems.lines()
         if not entries:
+            found = "".join(f"; {problem}" for problem in problems)
             raise ValueError(
-                f"dataset.path={self.path} holds no images ({' '.join(sorted(EXTENSIONS))}); give "
-                "a folder of images"
+                f"dataset.path={self.path} holds no images that can be read "
+                f"({', '.join(formats())}); give a folder of images{found}"
             )
         if self.training_manifest is not None:
             copies = TrainingManifest.read(Path(self.training_manifest)).copies_by_sha256()
             entries = [_with_copies(entry, copies) for entry in entries]
         return OpenFolder(
             entries=select(entries, ids=self.ids, take=self.take),
-            problems=listing.problems,
+            problems=problems,
             size=self.size or size,
             resize=self.resize,
             everything=entries,

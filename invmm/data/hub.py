@@ -12,10 +12,11 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Annotated, Any
 
 from annotated_types import Ge, MinLen
@@ -30,7 +31,10 @@ from invmm.data.dataset import (
 )
 from invmm.data.folder import ImageFolder, OpenFolder
 from invmm.data.images import MIN_SIDE, Resize, load_image
+from invmm.data.metadata import FORMS
 from invmm.data.openmoji import cache_folder
+from invmm.data.problems import Problems
+from invmm.data.values import Tally, caption_of, is_absent, label_of
 from invmm.files import json_digest, write_atomically
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -55,7 +59,8 @@ class HubImages:
 
     Attributes:
         path: a hub id such as uoft-cs/cifar10, a parquet file, a folder of them, or an image
-            folder (see `ImageFolder`; columns and split have no meaning there).
+            folder (see `ImageFolder`; the columns are those of its metadata there, null finds
+            them, and split has no meaning).
         name: the configuration, where a data set has several.
         revision: of a hub repository; its parquet copy is refs/convert/parquet.
         split: as in the names of the files: train-00000-of-00001.parquet or train/0000.parquet.
@@ -100,7 +105,8 @@ class HubImages:
         if self.first is not None and self.rows is not None:
             raise ValueError("dataset.first and dataset.rows exclude each other; give one of them")
         if self.rows is not None and len(set(self.rows)) < len(self.rows):
-            raise ValueError(f"dataset.rows={self.rows} names a row twice; name it once")
+            ((row, _),) = Counter(self.rows).most_common(1)
+            raise ValueError(f"dataset.rows names a row twice: {row}; name it once")
         if self.streaming and self.first is None and self.rows is None:
             raise ValueError(
                 "dataset.streaming=true fetches single rows; give dataset.first or dataset.rows"
@@ -113,9 +119,9 @@ class HubImages:
             ValueError: not there, no parquet files of the split, or a column that is not there.
         """
         root = Path(self.path).expanduser()
-        if root.is_dir() and not any(root.rglob("*.parquet")):
+        if root.is_dir() and not any(map(_is_data, root.rglob("*.parquet"))):
             return self._image_folder(size)
-        files, problems = self._files(root)
+        files, remarks = self._files(root)
         if self.streaming:
             files, numbers = [self._streamed(files)], self._wanted(None)
             table = self._table(files)
@@ -123,10 +129,11 @@ class HubImages:
             table = self._table(files)
             numbers = self._wanted(len(table))
             table = table.select(numbers)
-        entries = self._entries(table, numbers)
+        problems = Problems()
+        entries = self._entries(table, numbers, problems)
         return OpenRows(
             entries=select(entries, ids=self.ids, take=self.take),
-            problems=problems,
+            problems=[*remarks, *problems.lines()],
             size=self.size or size,
             resize=self.resize,
             everything=entries,
@@ -135,7 +142,14 @@ class HubImages:
         )
 
     def _image_folder(self, size: int) -> OpenFolder:
-        opened = ImageFolder(path=self.path, size=self.size, resize=self.resize).open(size)
+        opened = ImageFolder(
+            path=self.path,
+            image=self.image,
+            caption=self.caption,
+            label=self.label,
+            size=self.size,
+            resize=self.resize,
+        ).open(size)
         numbers = self._wanted(len(opened.entries))
         entries = [opened.entries[number] for number in numbers]
         if self.seen != "unknown":
@@ -163,10 +177,10 @@ class HubImages:
         if root.is_dir():
             inside = {
                 path.relative_to(root).as_posix(): path
-                for path in sorted(root.rglob("*.parquet"))
+                for path in sorted(filter(_is_data, root.rglob("*.parquet")))
                 if path.resolve().is_relative_to(root.resolve())
             }
-            left_out = sum(1 for _ in root.rglob("*.parquet")) - len(inside)
+            left_out = sum(map(_is_data, root.rglob("*.parquet"))) - len(inside)
             problems = [f"{left_out} parquet files are links that lead out of the data folder"]
             chosen = self._of_split(list(inside))
             return [str(inside[name].resolve()) for name in chosen], problems * bool(left_out)
@@ -208,7 +222,7 @@ class HubImages:
             ValueError: none, or those of several configurations.
         """
         chosen = {}
-        for name in sorted(name for name in names if name.endswith(".parquet")):
+        for name in sorted(name for name in names if _is_data(PurePosixPath(name))):
             path = PurePosixPath(name)
             folders = [part for part in path.parts[:-1] if part != self.split]
             is_of_split = re.match(rf"{re.escape(self.split)}\b", path.name)
@@ -239,10 +253,10 @@ class HubImages:
         }
         cache = cache_folder() / f"rows-{json_digest(key)}.parquet"
         if not cache.is_file():
-            last, count, kept = max(wanted), 0, {}
+            last, count, kept, chosen = max(wanted), 0, {}, set(wanted)
             with self._readable() as datasets:
                 for row in self._load(datasets, files, streaming=True).take(last + 1):
-                    if count in wanted:
+                    if count in chosen:
                         kept[count] = row
                     count += 1
             content = io.BytesIO()
@@ -307,23 +321,42 @@ class HubImages:
         named = (self.image, self.caption, self.label, self.id_column)
         return list(dict.fromkeys(column for column in named if column))
 
-    def _entries(self, table: Any, numbers: Sequence[int]) -> list[ImageEntry]:
+    def _entries(self, table: Any, numbers: Sequence[int], problems: Problems) -> list[ImageEntry]:
         def column(name: str | None) -> Sequence[Any]:
             return table[name][:] if name else [None] * len(numbers)
 
         counted = [f"{self.split}-{number:06d}" for number in numbers]
         names = [str(value) for value in column(self.id_column)] if self.id_column else counted
+        if self.id_column and any(map(is_absent, column(self.id_column))):
+            raise ValueError(
+                f"dataset.id_column={self.id_column} holds no id in some rows; use "
+                "dataset.id_column=null"
+            )
         if len(set(names)) < len(names):
             raise ValueError(
                 f"dataset.id_column={self.id_column} holds an id twice; use dataset.id_column=null"
             )
-        captions, labels = column(self.caption), column(self.label)
+
+        def read(name: str | None, option: str, reader: Callable[[Any], Any]) -> list[Any]:
+            values, tally = [], Tally(option, name)
+            for image_id, raw in zip(names, column(name), strict=True):
+                try:
+                    values.append(reader(raw))
+                except ValueError as error:
+                    values.append(None)
+                    problems.add(repr(image_id), f": {error}", kind=option)
+                tally.count(raw, values[-1])
+            tally.check()
+            return values
+
+        captions = read(self.caption, "caption", caption_of)
+        labels = read(self.label, "label", label_of)
         return [
             ImageEntry(
                 image_id=image_id,
                 path=f"{self.path}#{place}",
-                caption=caption if isinstance(caption, str) and caption else None,
-                label=label if type(label) is int and label >= 0 else None,
+                caption=caption,
+                label=label,
                 split=self.seen,
                 copies=0 if self.seen == "held_out" else None,
             )
@@ -360,6 +393,11 @@ class OpenRows:
     def training_entries(self) -> list[ImageEntry]:
         """All rows, one copy each, if they were not held out."""
         return [replace(e, copies=1) for e in self.everything if e.split != "held_out"]
+
+
+def _is_data(path: PurePath) -> bool:
+    """Whether a file holds images, unlike a `metadata.parquet`, which describes those beside it."""
+    return path.suffix == ".parquet" and path.name not in FORMS
 
 
 def _version(file: str) -> list[int]:

@@ -13,6 +13,8 @@ import io
 import os
 import stat
 import warnings
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -31,8 +33,10 @@ MAX_PIXELS = 100_000_000
 """Larger images are not decoded: a decompression bomb says in its header how large it is."""
 MIN_SIDE = 4
 """Smaller images are refused: nothing could be recognised in them."""
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO", "TGA")
+FORMATS = tuple("PNG JPEG WEBP BMP GIF TIFF JPEG2000 AVIF HEIF PPM ICO TGA".split())  # noqa: SIM905
 """What is opened, whatever the name says: Pillow would run a program on PostScript."""
+HEIF_EXTENSIONS = (".heic", ".heif", ".hif")
+"""Read if pillow-heif is installed."""
 
 
 def read_bytes(path: Path) -> bytes:
@@ -85,13 +89,13 @@ def decode(content: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(content), formats=_decodable())
+            image = Image.open(io.BytesIO(content), formats=list(formats()))
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(
                     f"the image claims {image.width}x{image.height} pixels, over {MAX_PIXELS}"
                 )
             image.load()
-            return _as_rgb(_upright(image))
+            return _as_rgb(upright(image))
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -107,13 +111,43 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _decodable() -> list[str]:
-    """Those of the formats that this build of Pillow has."""
+@cache
+def extensions() -> frozenset[str]:
+    """Endings of the names of images that can be read here, in lower case."""
+    kinds = {*formats(), "MPO"}  # pictures of phones: JPEG to whoever opens them
+    known = {name for name, kind in Image.registered_extensions().items() if kind in kinds}
+    return frozenset(known - {".pfm"})  # of floating-point numbers
+
+
+def has_signature(path: Path) -> bool:
+    """Whether a file begins as an image that can be read, whatever its name."""
+    signed = [name for name in formats() if Image.OPEN[name][1] is not None]
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=signed):
+                return True
+    except Image.DecompressionBombError:
+        return True
+    except Exception:  # decoders raise anything on hostile bytes
+        return False
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Those of the formats that can be read here: HEIF only with pillow-heif."""
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF says."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # broken EXIF, at which Pillow raises anything; the picture itself is whole

@@ -1,23 +1,28 @@
-"""What a folder of images holds, and what its metadata.jsonl says that it holds."""
+"""The images of a folder, with what its metadata and the texts beside them say."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+import posixpath
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
-from invmm.data.dataset import ImageEntry, ImageError, Split
+from invmm.data.dataset import ImageEntry, ImageError, Split, canonical
 from invmm.data.images import read_bytes
+from invmm.data.metadata import Columns, Row, read_rows
+from invmm.data.problems import Problems, shortly
+from invmm.data.values import Tally, caption_of, copies_of, is_absent, label_of
+from invmm.data.walk import Walk
 
-EXTENSIONS = frozenset(
-    f".{name}"
-    for name in "png jpg jpeg webp bmp gif tif tiff jp2 avif ppm pgm ico tga".split()  # noqa: SIM905
-)
-"""Names of images; other files count only if the metadata lists them."""
-METADATA = "metadata.jsonl"
+
+class _Listed(NamedTuple):
+    """A row that counts for an image, and the file that holds it."""
+
+    row: Row
+    source: str
 
 
 @dataclass
@@ -26,144 +31,188 @@ class Listing:
 
     Attributes:
         root: the folder, with its links resolved.
-        problems: grows by one line for each thing that a person should know.
+        columns: of the metadata.
+        problems: what a person should know.
     """
 
     root: Path
-    problems: list[str] = field(default_factory=list)
+    columns: Columns = field(default_factory=Columns)
+    problems: Problems = field(default_factory=Problems)
+
+    def __post_init__(self) -> None:
+        self._walk = Walk(self.root, self.problems)
+        self._captions = Tally("caption", self.columns.caption)
+        self._labels = Tally("label", self.columns.label)
 
     def entries(self, *, recursive: bool) -> list[ImageEntry]:
-        """All images that are there or listed, sorted by id."""
-        metadata = self._metadata()
-        found = {path.relative_to(self.root).as_posix() for path in self._walk(recursive)}
-        if metadata:
-            unlisted = sorted(found - set(metadata))
-            self.problems += [f"{image_id!r} is not listed in {METADATA}" for image_id in unlisted]
-        return [
-            self._entry(image_id, metadata.get(image_id, {}))
-            for image_id in sorted(found | set(metadata))
-        ]
+        """All images that are there or listed, sorted by id.
 
-    def _entry(self, image_id: str, listed: Mapping[str, Any]) -> ImageEntry:
-        path = self.root / image_id
-        error = self._error(image_id)
-        caption = listed.get("text") or listed.get("caption")
-        if caption and not isinstance(caption, str):
-            self.problems.append(f"{image_id!r}: caption {caption!r} is not a text")
-            caption = None
-        if not caption and error is None:
+        Raises:
+            ValueError: what stands there has no single meaning, or a named column is not there.
+        """
+        self._walk.look(recursive=recursive)
+        listed, sources = self._listed()
+        ids = sorted(self._walk.images.keys() | listed.keys())
+        if sources:
+            for image_id in ids:
+                if image_id not in listed:
+                    source = _nearest(image_id, sources)
+                    where = f"listed in {source}" if source else "listed in any metadata file"
+                    self.problems.add(repr(image_id), f" is not {where}", kind="unlisted")
+        entries = [self._entry(image_id, listed.get(image_id)) for image_id in ids]
+        for tally in (self._captions, self._labels):
+            tally.check()
+        self._walk.report(set(listed))
+        return entries
+
+    def _entry(self, image_id: str, listed: _Listed | None) -> ImageEntry:
+        path = self._path(image_id)
+        error = self._error(image_id, path, listed)
+        if error is not None:
+            self.problems.add(repr(image_id), f": {error}")
+        values = listed.row.values if listed else {}
+        raw = self.columns.caption_in(values, listed.row.where) if listed else None
+        caption = self._value(image_id, caption_of, raw, "caption")
+        self._captions.count(raw, caption)
+        if caption is None and error is None:
             caption = self._sidecar(path)
-        split, copies = self._split(image_id, listed)
+        raw = self.columns.label_in(values)
+        label = self._value(image_id, label_of, raw, "label")
+        self._labels.count(raw, label)
+        split, copies = self._split(image_id, values)
         return ImageEntry(
             image_id=image_id,
             path=str(path),
             caption=caption or None,
-            label=self._label(image_id, listed),
+            label=label,
             split=split,
             copies=copies,
             error=error,
         )
 
-    def _error(self, image_id: str) -> str | None:
+    def _value(self, image_id: str, read: Any, raw: Any, kind: str) -> Any:
+        try:
+            return read(raw)
+        except ValueError as error:
+            self.problems.add(repr(image_id), f": {error}", kind=kind)
+            return None
+
+    def _path(self, image_id: str) -> Path:
+        """Where an image lies, whatever the Unicode form of its name there."""
+        if (found := self._walk.images.get(image_id)) is not None:
+            return found
+        forms = (image_id, unicodedata.normalize("NFD", image_id))
+        there = (self.root / form for form in forms if os.path.lexists(self.root / form))
+        return next(there, self.root / image_id)
+
+    def _error(self, image_id: str, path: Path, listed: _Listed | None) -> str | None:
         """Why an image must not be opened."""
-        name = PurePosixPath(image_id)
-        if name.is_absolute() or ".." in name.parts:
-            return f"{METADATA} names a file outside the data folder"
-        path = self.root / image_id
-        if not self._is_inside(path):
+        if listed and (posixpath.isabs(image_id) or ".." in image_id.split("/")):
+            return f"{listed.source} names a file outside the data folder"
+        if not self._walk.is_inside(path):
             return "the link leads out of the data folder"
         if not os.path.exists(path):
-            if os.path.islink(path):
+            if listed is None or os.path.islink(path):
                 return "the link leads nowhere"
-            return f"listed in {METADATA} but missing"
+            return f"listed in {listed.source} but missing"
         return None
-
-    def _is_inside(self, path: Path) -> bool:
-        try:
-            return path.resolve().is_relative_to(self.root)
-        except (OSError, RuntimeError, ValueError):  # such a path (a link to itself) is no file
-            return True
 
     def _sidecar(self, path: Path) -> str | None:
         """The caption in a text file of the same name."""
-        sidecar = path.with_suffix(".txt")
-        if not (os.path.isfile(sidecar) and self._is_inside(sidecar)):
-            return None
-        try:
-            return read_bytes(sidecar).decode("utf-8-sig", errors="replace").strip()
-        except ImageError:
-            return None
-
-    def _label(self, image_id: str, listed: Mapping[str, Any]) -> int | None:
-        label = listed.get("label")
-        if label is None or (type(label) is int and label >= 0):
-            return label
-        self.problems.append(f"{image_id!r}: label {label!r} is not the number of a class")
+        name = path.with_suffix(".txt").name
+        for form in dict.fromkeys((name, canonical(name), unicodedata.normalize("NFD", name))):
+            sidecar = path.with_name(form)
+            if os.path.isfile(sidecar) and self._walk.is_inside(sidecar):
+                try:
+                    return read_bytes(sidecar).decode("utf-8-sig", errors="replace").strip()
+                except ImageError:
+                    return None
         return None
 
-    def _split(self, image_id: str, listed: Mapping[str, Any]) -> tuple[Split, int | None]:
-        split, copies = listed.get("split", "unknown"), listed.get("copies")
-        if split not in get_args(Split):
-            known = ", ".join(get_args(Split))
-            self.problems.append(f"{image_id!r}: split {split!r} is none of {known}")
+    def _split(self, image_id: str, values: Any) -> tuple[Split, int | None]:
+        split = values.get("split")
+        if is_absent(split):
             split = "unknown"
+        if split not in get_args(Split):
+            known, subject = ", ".join(get_args(Split)), repr(image_id)
+            self.problems.add(subject, f": split {shortly(split)} is none of {known}", kind="split")
+            split = "unknown"
+        copies = self._value(image_id, copies_of, values.get("copies"), "copies")
         if copies is None:
-            return split, None
-        if type(copies) is not int or copies < 0:
-            self.problems.append(f"{image_id!r}: copies {copies!r} is not a number of copies")
             return split, None
         implied: Split = "train" if copies else "held_out"
         if split not in (implied, "unknown"):
-            self.problems.append(
-                f"{image_id!r}: split {split} contradicts copies {copies}; {implied} counts"
-            )
+            rest = f": split {split} contradicts copies {copies}; {implied} counts"
+            self.problems.add(repr(image_id), rest, kind="contradiction")
         return implied, copies
 
-    def _metadata(self) -> dict[str, Mapping[str, Any]]:
-        path = self.root / METADATA
-        if not os.path.lexists(path):
-            return {}
-        try:
-            if not self._is_inside(path):
-                raise ImageError("the link leads out of the data folder")
-            lines = read_bytes(path).splitlines()
-        except ImageError as error:
-            self.problems.append(f"{METADATA} is not used: {error}")
-            return {}
-        listed: dict[str, Mapping[str, Any]] = {}
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{METADATA}, line {number}"
+    def _listed(self) -> tuple[dict[str, _Listed], dict[str, str]]:
+        """Id -> its row, of the nearest metadata file that has one; folder -> metadata file.
+
+        Raises:
+            ValueError: a file that cannot be read, or a named column that is in none of them.
+        """
+        listed: dict[str, _Listed] = {}
+        sources: dict[str, str] = {}
+        columns: dict[str, None] = {}
+        for path in sorted(self._walk.metadata, key=lambda path: -len(path.parts)):
+            folder = path.parent.relative_to(self.root).as_posix()
+            source = _shown(path.relative_to(self.root).as_posix())
             try:
-                row = json.loads(line)
-                name = row["file_name"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                self.problems.append(f"{where} is not a JSON object with file_name")
+                if not self._walk.is_inside(path):
+                    raise ImageError("the link leads out of the data folder")
+                rows = read_rows(path, source, self.columns, self.problems)
+            except ImageError as error:
+                self.problems.add(source, f" is not used: {error}")
                 continue
-            if not isinstance(name, str) or not name or "\0" in name:
-                self.problems.append(f"{where}: file_name {name!r} is not a name")
-                continue
-            image_id = PurePosixPath(name).as_posix()
-            if image_id in listed:
-                self.problems.append(f"{where}: {image_id!r} stands twice; the first line counts")
-            else:
-                listed[image_id] = row
-        return listed
+            sources[canonical(folder)] = source
+            for row in rows:
+                columns.update(dict.fromkeys(row.values))
+                self._take(self._id(folder, row.name), _Listed(row, source), listed)
+        self._check_columns(columns)
+        return listed, sources
 
-    def _walk(self, recursive: bool) -> Iterator[Path]:
-        """Paths that are named like images; linked folders are not entered, so loops end."""
-        for folder, subfolders, names in os.walk(self.root, onerror=self._unreadable):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            for name in names + subfolders:
-                if _is_image_name(name) and not name.startswith("."):
-                    yield Path(folder) / name
-            if not recursive:
-                return
+    def _take(self, image_id: str, new: _Listed, listed: dict[str, _Listed]) -> None:
+        old = listed.setdefault(image_id, new)
+        if old is new:
+            return
+        if old.source == new.source:
+            rest = f": {image_id!r} stands twice; the first line counts"
+            self.problems.add(new.row.where, rest, kind=f"twice in {new.source}")
+        else:
+            rest = f" is listed in {old.source} and {new.source}; the nearer one counts"
+            self.problems.add(repr(image_id), rest)
 
-    def _unreadable(self, error: OSError) -> None:
-        self.problems.append(f"a folder cannot be read: {error}")
+    def _id(self, folder: str, name: str) -> str:
+        """The id of a listed image; one that leaves the data folder stays as it is written."""
+        written = posixpath.join(folder, name) if folder != "." else name
+        image_id = canonical(posixpath.normpath(written))
+        if posixpath.isabs(image_id) or image_id.split("/")[0] == "..":
+            return name
+        if "\\" in image_id and image_id not in self._walk.images:  # as Windows writes names
+            with_slashes = image_id.replace("\\", "/")
+            return with_slashes if with_slashes in self._walk.images else image_id
+        return image_id
+
+    def _check_columns(self, there: Iterable[str]) -> None:
+        there = list(there)
+        for option in ("caption", "label"):
+            column = getattr(self.columns, option)
+            if column is not None and column not in there:
+                has = f"its metadata, which has {', '.join(there)}" if there else "its metadata"
+                none = "" if there else "; it has none"
+                raise ValueError(
+                    f"dataset.{option}={column} is no column of {has}{none}: give one, or "
+                    f"dataset.{option}=null"
+                )
 
 
-def _is_image_name(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
+def _nearest(image_id: str, sources: dict[str, str]) -> str | None:
+    """The metadata file that is responsible for an image."""
+    above = [parent.as_posix() for parent in PurePosixPath(image_id).parents]
+    return next((sources[folder] for folder in above if folder in sources), None)
+
+
+def _shown(name: str) -> str:
+    """A name that can stand in a line."""
+    return name if name.isprintable() else repr(name)

@@ -12,7 +12,9 @@ from typing import Any
 from PIL import Image
 
 from invmm.data.dataset import ImageEntry, ImageError, LoadedImage
-from invmm.data.images import Resize, load_image, read_bytes
+from invmm.data.images import Resize, load_image, read_bytes, upright
+from invmm.data.problems import shortly
+from invmm.data.values import label_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,7 @@ class MemoryImages:
 
     Attributes:
         images: id -> a Pillow image or the path of a file.
-        prompts: id -> caption or class label; may lack some or all.
+        prompts: id -> caption or class label; may lack some or all (None or NaN, or no key).
         resize: what happens to images that are not square.
     """
 
@@ -49,17 +51,26 @@ class MemoryImages:
                 raise ValueError(
                     f"images[{key!r}] is a {type(image).__name__}; give a PIL image or a path"
                 )
+        is_list = not isinstance(prompts, Mapping) and not isinstance(images, Mapping)
+        if told and is_list and len(told) != len(named):
+            raise ValueError(
+                f"prompts has {len(told)} entries for {len(named)} images; give one for each, "
+                "None where there is none"
+            )
         if unknown := sorted(told.keys() - named.keys()):
-            raise ValueError(f"prompts has {unknown[0]!r}, which is none of the images")
-        for key, prompt in told.items():
-            if not isinstance(prompt, (str, int)):
-                raise ValueError(f"prompts[{key!r}]={prompt!r} is neither a caption nor a label")
-        return cls(images=named, prompts=told)
+            raise ValueError(
+                f"prompts has {unknown[0]!r}, which is none of the images; give prompts in the "
+                "shape of images"
+            )
+        read = {key: _prompt(key, prompt) for key, prompt in told.items()}
+        return cls(
+            images=named, prompts={k: prompt for k, prompt in read.items() if prompt is not None}
+        )
 
     def fingerprint(self) -> dict[str, str]:
         """Id -> SHA-256 of the picture, or its path."""
         return {
-            key: hashlib.sha256(f"{i.mode} {i.size}".encode() + i.tobytes()).hexdigest()
+            key: hashlib.sha256(_header(i).encode() + i.tobytes()).hexdigest()
             if isinstance(i, Image.Image)
             else str(i)
             for key, i in self.images.items()
@@ -97,7 +108,7 @@ class OpenMemoryImages:
         if isinstance(image, Image.Image):
             buffer = io.BytesIO()
             try:
-                image.save(buffer, "PNG")
+                upright(image).save(buffer, "PNG")
             except (OSError, ValueError) as error:
                 raise ImageError(f"the image cannot be read: {error}") from error
             content = buffer.getvalue()
@@ -110,9 +121,30 @@ class OpenMemoryImages:
         return self.entries
 
 
+def _prompt(key: str, value: Any) -> str | int | None:
+    """A caption, or a class label, which pandas and numpy may hold as 3.0."""
+    if isinstance(value, str):
+        return value
+    try:
+        return label_of(value)
+    except ValueError:
+        raise ValueError(
+            f"prompts[{key!r}]={shortly(value)} is neither a caption nor a class label"
+        ) from None
+
+
+def _header(image: Image.Image) -> str:
+    """What tells pictures of the same bytes apart."""
+    colours = (image.getpalette(), image.info.get("transparency"), image.getexif().get(0x0112))
+    return f"{image.mode} {image.size}" + (f" {colours}" * any(c is not None for c in colours))
+
+
 def _by_id(values: Any, name: str) -> dict[str, Any]:
     if isinstance(values, Mapping):
-        return {str(key): value for key, value in values.items()}
+        named = {str(key): value for key, value in values.items()}
+        if len(named) < len(values):
+            raise ValueError(f"{name} has two keys that are one as text; give each its own")
+        return named
     if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
         width = len(str(max(len(values) - 1, 0)))
         return {f"{index:0{width}}": value for index, value in enumerate(values)}

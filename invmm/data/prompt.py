@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -55,6 +56,24 @@ class Prompt:
     def is_shared(self) -> bool:
         """Whether all images have the same one."""
         return self.kind in ("none", "empty") or self.label is not None
+
+    def check(self, entries: Sequence[ImageEntry]) -> None:
+        """Refuses images of which none has what it is to be asked for.
+
+        Raises:
+            ValueError: with the cures.
+        """
+        usable = [entry for entry in entries if entry.error is None]
+        if not usable or self.is_shared or self.kind not in ("caption", "class_label"):
+            return
+        needs = "caption" if self.kind == "caption" else "label"
+        if all(getattr(entry, needs) is None for entry in usable):
+            cure = "prompt=empty" if needs == "caption" else "prompt.label=NUMBER for all of them"
+            raise ValueError(
+                f"prompt={self.kind} needs a {needs}, and none of the {len(usable)} images has "
+                f"one; put them into a metadata.jsonl, name a column by dataset.{needs}=COLUMN, or "
+                f"use {cure}"
+            )
 
     def of(self, entry: ImageEntry) -> str | int | None:
         """The text or label of an image; None if there is none to give.

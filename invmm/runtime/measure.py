@@ -38,6 +38,7 @@ def measure(run: MeasureRun) -> int:
         ValueError: the folder belongs to another run, or model and images do not go together.
     """
     dataset = run.dataset.open(run.model.describe().image_size)
+    run.prompt.check(dataset.entries)
     shard = str(run.shard) if run.shard else None
     with RunFolder.open(run.run_dir, config=run.identity, digest=run.digest, shard=shard) as folder:
         inputs = Inputs.of(run.model, run.replication, dataset)

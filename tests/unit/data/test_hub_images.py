@@ -198,7 +198,10 @@ def test_an_image_folder_is_read_as_one(tmp_path):
         ("extra.png", None, "train", None),
         ("gone.png", "gone.png", "train", "listed in metadata.jsonl but missing"),
     ]
-    assert list(dataset.problems) == ["'extra.png' is not listed in metadata.jsonl"]
+    assert list(dataset.problems) == [
+        "'extra.png' is not listed in metadata.jsonl",
+        "'gone.png': listed in metadata.jsonl but missing",
+    ]
     assert len(HubImages(path=str(tmp_path), first=2).open(8).entries) == 2
 
 

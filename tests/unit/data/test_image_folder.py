@@ -46,7 +46,6 @@ def by_id(dataset) -> dict:
 
 def test_ids_are_sorted_relative_paths(tmp_path):
     paint(tmp_path, "b.png", "sub/deep/a.JPEG", "a.png", "sub.png", "Z.webp")
-    (tmp_path / "notes.txt").write_text("not an image")
     dataset = opened(tmp_path)
     assert ids(dataset) == ["Z.webp", "a.png", "b.png", "sub.png", "sub/deep/a.JPEG"]
     assert dataset.entries[4].path == str(tmp_path / "sub/deep/a.JPEG")
@@ -118,11 +117,15 @@ def test_listed_but_missing_fails_and_unlisted_is_reported(tmp_path):
     assert gone.caption == "a ghost"
     with pytest.raises(ImageError, match=r"listed in metadata\.jsonl but missing"):
         dataset.load(gone)
-    assert list(dataset.problems) == ["'extra.png' is not listed in metadata.jsonl"]
+    assert list(dataset.problems) == [
+        "'extra.png' is not listed in metadata.jsonl",
+        "'gone.png': listed in metadata.jsonl but missing",
+    ]
     assert dataset.load(by_id(dataset)["extra.png"]).pixels[2].mean() == 1
 
 
 def test_bad_lines_are_reported_by_number(tmp_path):
+    """One line a kind: the first in full, the others counted."""
     paint(tmp_path, "a.png")
     nested = "[" * 100_000
     describe(
@@ -131,15 +134,11 @@ def test_bad_lines_are_reported_by_number(tmp_path):
         {"file_name": "./a.png", "text": "second"},
     )  # fmt: skip
     dataset = opened(tmp_path)
-    no_object = "is not a JSON object with file_name"
     assert list(dataset.problems) == [
-        f"metadata.jsonl, line 1 {no_object}",
-        f"metadata.jsonl, line 3 {no_object}",
-        f"metadata.jsonl, line 4 {no_object}",
-        f"metadata.jsonl, line 5 {no_object}",
-        f"metadata.jsonl, line 6 {no_object}",
-        "metadata.jsonl, line 7: file_name 7 is not a name",
-        "metadata.jsonl, line 8: file_name 'a\\x00b.png' is not a name",
+        "metadata.jsonl, line 1 is not a JSON object with file_name; the same of 4 more: "
+        "metadata.jsonl, line 3, metadata.jsonl, line 4, metadata.jsonl, line 5, ...",
+        "metadata.jsonl, line 7: file_name 7 is not a name; the same of 1 more: "
+        "metadata.jsonl, line 8",
         "metadata.jsonl, line 10: 'a.png' stands twice; the first line counts",
     ]
     assert [(entry.image_id, entry.caption) for entry in dataset.entries] == [("a.png", "first")]
@@ -228,7 +227,6 @@ def test_what_is_listed_counts_whatever_its_name(tmp_path):
 def test_odd_names_survive(tmp_path):
     odd = [
         os.fsdecode(b"caf\xe9.png"),
-        "cafe\u0301.png",
         "caf\u00e9.png",
         "a\nb.png",
         "x" * 251 + ".png",
@@ -347,7 +345,7 @@ def test_training_entries_are_all_that_was_not_held_out(tmp_path):
     [("nowhere", "is not a folder; give a folder of images"),
      ("file.png", "is not a folder; give a folder of images"),
      ("~nobody-of-this-name/x", "is not a folder; give a folder of images"),
-     ("empty", "holds no images (.avif .bmp .gif")],
+     ("empty", "holds no images that can be read (PNG, JPEG, ")],
 )  # fmt: skip
 def test_an_unusable_folder_names_key_value_and_cure(path, cure, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

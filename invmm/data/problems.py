@@ -1,0 +1,57 @@
+"""Remarks on a data set: one line a kind, however many images it concerns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+_EXAMPLES = 3
+
+
+@dataclass
+class _Kind:
+    sentence: str
+    examples: list[str] = field(default_factory=list)
+    count: int = 0
+
+
+@dataclass
+class Problems:
+    """Collects remarks; the first of a kind is told in full, the others are counted."""
+
+    _kinds: dict[str, _Kind] = field(default_factory=dict)
+
+    def add(self, subject: str, rest: str, *, kind: str | None = None) -> None:
+        """Adds a remark.
+
+        Args:
+            subject: what it is about, as it begins the sentence.
+            rest: of the sentence, with the space or colon that it begins with.
+            kind: remarks of one kind make one line; None if all of a kind have the same rest.
+        """
+        group = self._kinds.setdefault(kind or rest, _Kind(subject + rest))
+        group.count += 1
+        if 1 < group.count <= _EXAMPLES + 1:
+            group.examples.append(subject)
+
+    def lines(self) -> list[str]:
+        """One for each kind, in the order of their first remarks."""
+        found = []
+        for group in self._kinds.values():
+            more, shown = group.count - 1, ", ".join(group.examples)
+            dots = ", ..." if more > len(group.examples) else ""
+            found.append(
+                group.sentence + (f"; the same of {more:,} more: {shown}{dots}" * bool(more))
+            )
+        return found
+
+
+def names(found: list[str]) -> str:
+    """The first of many names, and how many there are: (2): 'a', 'b'."""
+    dots = ", ..." if len(found) > _EXAMPLES else ""
+    return f"({len(found):,}): {', '.join(map(repr, found[:_EXAMPLES]))}{dots}"
+
+
+def shortly(value: object) -> str:
+    """A value in a line: its repr, cut."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
