@@ -28,7 +28,7 @@ class Problems:
             rest: of the sentence, with the space or colon that it begins with.
             kind: remarks of one kind make one line; None if all of a kind have the same rest.
         """
-        group = self._kinds.setdefault(kind or rest, _Kind(subject + rest))
+        group = self._kinds.setdefault(kind or rest or subject, _Kind(subject + rest))
         group.count += 1
         if 1 < group.count <= _EXAMPLES + 1:
             group.examples.append(subject)

@@ -11,6 +11,7 @@ from invmm.data.problems import shortly
 
 _WHOLE = re.compile(r"\s*(\d{1,9})(\.0*)?\s*", re.ASCII)
 _LIMIT = 10**9
+"""Labels and copies are below this: larger ones are a mistake, and may overflow."""
 
 
 def is_absent(value: Any) -> bool:

@@ -300,3 +300,51 @@ def test_without_the_library_its_name_is_given(parquet, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(ValueError, match=r"needs the package datasets; .*'invmm\[data\]'"):
         HubImages(path=str(path)).open(8)
+
+
+def test_numbers_and_captions_as_pandas_writes_them(parquet, tmp_path):
+    nan = float("nan")
+    path = str(parquet(
+        tmp_path / "train.parquet", COLOURS, text=["a", None, "", "b", "c"],
+        label=[1.0, nan, 2.5, -1.0, 4.0], list=[["x"]] * 5, number=[1, 2, 3, 4, 5],
+    ))  # fmt: skip
+    dataset = HubImages(path=path, caption="text", label="label").open(8)
+    assert [(entry.caption, entry.label) for entry in dataset.entries] == [
+        ("a", 1), (None, None), (None, None), ("b", None), ("c", 4),
+    ]  # fmt: skip
+    assert list(dataset.problems) == [
+        "'train-000002': label 2.5 is not the number of a class; the same of 1 more: 'train-000003'"
+    ]
+    for column, value in (("list", r"\['x'\]"), ("number", "1")):
+        with pytest.raises(
+            ValueError, match=rf"^dataset\.caption={column} is .* value is {value};"
+        ):
+            HubImages(path=path, caption=column).open(8)
+    with pytest.raises(ValueError, match=r"^dataset\.label=text is a column without numbers"):
+        HubImages(path=path, label="text").open(8)
+
+
+def test_ids_that_are_not_there_are_refused(parquet, tmp_path):
+    path = parquet(tmp_path / "train.parquet", COLOURS[:2], key=["x", None])
+    with pytest.raises(ValueError, match=r"dataset\.id_column=key holds no id in some rows"):
+        HubImages(path=str(path), id_column="key").open(8)
+
+
+def test_columns_of_an_image_folder_are_those_of_its_metadata(tmp_path):
+    """A metadata.parquet describes the images beside it and is no data set of its own."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    row = {"file_name": ["a.png"], "alt": ["a cat"], "text": ["no"], "kind": [3.0]}
+    pyarrow.parquet.write_table(pyarrow.table(row), tmp_path / "metadata.parquet")
+    dataset = HubImages(path=str(tmp_path), caption="alt", label="kind").open(8)
+    assert [(e.image_id, e.caption, e.label) for e in dataset.entries] == [("a.png", "a cat", 3)]
+    with pytest.raises(ValueError, match=r"^dataset\.caption=prompt is no column of its metadata"):
+        HubImages(path=str(tmp_path), caption="prompt").open(8)
+
+
+def test_metadata_beside_parquet_files_is_no_data(parquet, tmp_path):
+    parquet(tmp_path / "train/0.parquet", ["red"])
+    pyarrow.parquet.write_table(
+        pyarrow.table({"file_name": ["a"]}), tmp_path / "train/metadata.parquet"
+    )
+    dataset = HubImages(path=str(tmp_path)).open(8)
+    assert [colour(dataset, entry) for entry in dataset.entries] == [RED]
