@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from invmm.cli.compose import digest_of
+from invmm.cli.lists import shortened
 from invmm.cli.recipes import MeasureConfig
 from invmm.data.hub import NotReachedError
 from invmm.engine.outcomes import CostRange, Evaluations
@@ -164,7 +165,7 @@ def describe(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
     )
     return "\n".join(
         (
-            yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).strip(),
+            yaml.safe_dump(shortened(config), sort_keys=False, allow_unicode=True).strip(),
             "",
             *remarks,
             *_architecture(recipes.model),

@@ -13,6 +13,8 @@ from typing import Any
 
 _NUMBERS = {"ids": False, "rows": True}
 """Keys of the node `dataset` that may name a file, and whether the list is one of numbers."""
+_SHOWN = 20
+"""Longer lists are counted, not shown."""
 _contents: dict[str, list[Any]] = {}
 
 
@@ -53,6 +55,19 @@ def with_lists(config: Mapping[str, Any], faults: list[str] | None = None) -> di
             faults.append(str(error))
         lists[key] = _contents.get(named)
     return {**config, "dataset": {**dataset, **lists}} if lists else dict(config)
+
+
+def shortened(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config for people: long lists are counted."""
+    dataset = config.get("dataset")
+    if not isinstance(dataset, Mapping):
+        return dict(config)
+    short = {
+        key: f"{len(value):,} from {value[0]} to {value[-1]}"
+        for key in _NUMBERS
+        if isinstance(value := dataset.get(key), list) and len(value) > _SHOWN
+    }
+    return {**config, "dataset": {**dataset, **short}}
 
 
 def _read(named: str, name: str, *, numbers: bool) -> list[Any]:

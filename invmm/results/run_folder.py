@@ -293,7 +293,13 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
             for name in sorted({*old, *new})
             for line in differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
         ]
-    return [] if old == new else [f"{key} was {old} and is {new}"]
+    return [] if old == new else [f"{key} was {_cut(old)} and is {_cut(new)}"]
+
+
+def _cut(value: Any) -> str:
+    """A value in a line; lists can have thousands of entries."""
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
 
 
 def _lock(path: Path, *, shared: bool = False) -> IO[bytes] | None:

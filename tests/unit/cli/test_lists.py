@@ -50,6 +50,7 @@ def test_twenty_five_thousand_rows(here):
     (here / "rows.json").write_text(json.dumps(rows))
     configs = [composed(f"dataset.rows=@rows.{form}")[0] for form in ("txt", "json")]
     assert all(config["dataset"]["rows"] == rows for config in configs)
+    assert lists.shortened(configs[0])["dataset"]["rows"] == "25,000 from 0 to 49998"
 
 
 def test_the_content_is_the_identity_not_the_name(here):
