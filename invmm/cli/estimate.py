@@ -206,8 +206,12 @@ def _images(recipes: MeasureConfig, size: int) -> tuple[int, list[str]]:
         if error.num_images is None:
             raise
         return error.num_images, [f"data set: not here, its size is taken as stated; {error}"]
-    recipes.prompt.check(opened.entries)
-    return len(opened.entries), [f"data set: {problem}" for problem in opened.problems]
+    remarks = [f"data set: {problem}" for problem in opened.problems]
+    try:
+        recipes.prompt.check(opened.entries)
+    except ValueError as error:  # a plan needs no captions; the run will
+        remarks.append(f"this would be refused: {error}")
+    return len(opened.entries), remarks
 
 
 def _architecture(model: ModelRecipe) -> list[str]:

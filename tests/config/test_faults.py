@@ -351,3 +351,20 @@ def test_a_schedule_that_cannot_be_read_is_one_fault_of_the_check(
 ):
     (line,) = faults(given=with_scheduler(name, **keys))
     assert message in line
+
+
+def test_a_prompt_that_no_image_has_ends_before_weights_load(
+    saved_pipeline, images, tmp_path, monkeypatch, capsys
+):
+    """Not FAILED once an image; a dry run says it too."""
+    given = [f"model.path={saved_pipeline('sd1 epsilon')}", "prompt=caption", "dataset=folder",
+             f"dataset.path={images}", f"run_dir={tmp_path / 'run'}"]  # fmt: skip
+    reason = "prompt=caption needs a caption, and none of the 4 images has one; put them into"
+    monkeypatch.setattr(sys, "argv", ["invmm"])
+    monkeypatch.setattr("invmm.runtime.worker.Worker.__init__", lambda *_: pytest.fail("loads"))
+    assert measure.COMMAND.run(given) == 2
+    *_, line = capsys.readouterr().err.splitlines()  # after what transformers has to say
+    assert line.startswith(f"invmm: {reason}")
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    assert measure.COMMAND.run([*given, "dry_run=true"]) == 0
+    assert f"this would be refused: {reason}" in capsys.readouterr().out
