@@ -88,7 +88,7 @@ def test_the_same_call_goes_on_and_another_picture_is_another_run(
         ([], (), None, "images is empty"),
         (3, (), None, "images is a int; give a mapping by id or a list"),
         ([3], (), None, "give a PIL image or a path"),
-        (None, (), ["a", "b", "c"], "prompts has '2'"),
+        (None, (), ["a", "b", "c"], "prompts has 3 entries for 2 images"),
         (None, ("inversion.num_stepz=3", "seed=x"), None, "(?s)num_stepz.*did you mean.*seed=x"),
         (None, ("model.dtype=float16",), None, "model.dtype=float16 is not for Python"),
         (None, ("execution.compile=true",), None, "would change the pipeline for good"),
