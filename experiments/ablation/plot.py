@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from invmm.analysis.statistics import image_groups, rank_correlation, success_curve
 from invmm.analysis.study import finish, found_by_group, read_run, rounded, separation
-from invmm.analysis.style import COLOURS, LABELS, style
+from invmm.analysis.style import COLOURS, LABELS, style, subplots
 from invmm.results.collect import has_score, is_censored
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STUDY = Path(__file__).parent
 RESULTS = Path("results/ablation")
@@ -102,7 +104,7 @@ def figure_of(summary: dict[str, dict]) -> Figure:
     """Shares found by group, scores against the base, and cost, one line a variant."""
     names = list(summary)
     places = np.arange(len(names))[::-1]
-    figure, (shares, ratios, costs) = plt.subplots(
+    figure, (shares, ratios, costs) = subplots(
         1,
         3,
         figsize=(7.4, 0.26 * len(names) + 1),
@@ -142,7 +144,7 @@ def figure_of(summary: dict[str, dict]) -> Figure:
 def success_figure(curves: dict[str, pd.DataFrame]) -> Figure:
     """Success of each variant against steps with its 95 % interval; grey: of its base."""
     rows = -(-len(curves) // PANELS)
-    figure, axes = plt.subplots(rows, PANELS, figsize=(9.6, 1.5 * rows), sharey=True, squeeze=False)
+    figure, axes = subplots(rows, PANELS, figsize=(9.6, 1.5 * rows), sharey=True, squeeze=False)
     for axis in axes.flat[len(curves) :]:
         axis.set_axis_off()
     colour = COLOURS["duplicated"]

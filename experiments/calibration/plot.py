@@ -5,17 +5,18 @@ from __future__ import annotations
 import sys
 from itertools import combinations
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from invmm.analysis.statistics import image_groups, rank_correlation
 from invmm.analysis.study import finish, found_by_group, read_run, rounded
-from invmm.analysis.style import COLOURS, LABELS, style
+from invmm.analysis.style import COLOURS, LABELS, style, subplots
 from invmm.probability.certificate import bernoulli_divergence, tightness
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STUDY = Path(__file__).parent
 RESULTS = Path("results/calibration")
@@ -199,7 +200,7 @@ def score_table(runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 def probability_figure(frame: pd.DataFrame) -> Figure:
     """Splitting against the count, with 95 % intervals; what was not seen stands at its limit."""
-    figure, axis = plt.subplots(figsize=(4.8, 4.2))
+    figure, axis = subplots(figsize=(4.8, 4.2))
     unseen, censored = frame.counted_log_p.isna(), frame.log_p.isna()
     floor = frame.counted_log_p_high.min()
     logs = {
@@ -241,7 +242,7 @@ def probability_figure(frame: pd.DataFrame) -> Figure:
 
 def score_figure(published: pd.DataFrame, ours: pd.DataFrame) -> Figure:
     """Scores against counted probability, with the least score that is possible."""
-    figure, axis = plt.subplots(figsize=(4.6, 3.6))
+    figure, axis = subplots(figsize=(4.6, 3.6))
     for frame, name, marker, colour in (
         (published, "published", "s", COLOURS["duplicated"]),
         (ours, "trajectory", "o", COLOURS["single"]),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from invmm.analysis.statistics import image_groups
 from invmm.analysis.study import finish, found_by_group, read_run, separation
-from invmm.analysis.style import COLOURS, LABELS, one_line, style
+from invmm.analysis.style import COLOURS, LABELS, new_figure, one_line, style
 from invmm.results.records import read_pictures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STUDY = Path(__file__).parent
 RESULTS = Path("results/demo")
@@ -78,7 +80,7 @@ def figure_of(joined: pd.DataFrame) -> Figure:
     """Icon, closest sample of the search, score, and the probability with its interval."""
     rows = len(joined)
     height = 0.42 * rows + 0.8
-    figure = plt.figure(figsize=(7.2, height))
+    figure = new_figure(figsize=(7.2, height))
     figure.subplots_adjust(top=1 - 0.3 / height, bottom=0.5 / height)
     grid = figure.add_gridspec(rows, 4, width_ratios=[1, 1, 7, 9], wspace=0.08, hspace=0.12)
     groups = image_groups(joined).tolist()

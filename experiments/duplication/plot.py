@@ -6,20 +6,21 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from invmm.analysis.sheet import EMPTY, Row, Tile, image_and_closest, sheet
 from invmm.analysis.statistics import Estimate, memorization_order, proportion
 from invmm.analysis.study import finish, read_run, rounded, shown_estimate
-from invmm.analysis.style import COLOURS, copies_label, one_line, style
+from invmm.analysis.style import COLOURS, copies_label, one_line, style, subplots
 from invmm.results.collect import has_score, is_censored
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 STUDY = Path(__file__).parent
 RESULTS = Path("results/duplication")
@@ -193,7 +194,7 @@ def same_icon(counted: pd.DataFrame) -> dict[str, object]:
 
 def copies_figure(runs: dict[str, pd.DataFrame], table: pd.DataFrame) -> Figure:
     """Probabilities, shares found and scores against the number of copies."""
-    figure, (probabilities, shares, scores) = plt.subplots(1, 3, figsize=(9.6, 3.4))
+    figure, (probabilities, shares, scores) = subplots(1, 3, figsize=(9.6, 3.4))
     counted = runs["counted"]
     samples = int(counted.num_free_samples.max())
     p = counted["count"] / counted.num_free_samples

@@ -6,19 +6,21 @@ import sys
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from invmm.analysis.separation import contrast
 from invmm.analysis.sheet import EMPTY, Row, image_and_closest, sheet
 from invmm.analysis.statistics import image_groups, rank_correlation
 from invmm.analysis.study import finish, found_by_group, read_run, rounded
-from invmm.analysis.style import COLOURS, LABELS, style
+from invmm.analysis.style import COLOURS, LABELS, style, subplots
 from invmm.engine.outcomes import Status
 from invmm.results.collect import has_score, is_censored
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STUDY = Path(__file__).parent
 RESULTS = Path("results/membership")
@@ -158,9 +160,7 @@ def with_counts(losses: pd.DataFrame, counted: pd.DataFrame) -> pd.DataFrame:
 def loss_figure(joined: pd.DataFrame, samples: int) -> Figure:
     """Denoising loss against counted probability: a membership score against memorization."""
     groups = image_groups(joined)
-    figure, (never, often) = plt.subplots(
-        1, 2, figsize=(5.2, 3.6), sharey=True, width_ratios=[1, 3]
-    )
+    figure, (never, often) = subplots(1, 2, figsize=(5.2, 3.6), sharey=True, width_ratios=[1, 3])
     for place, (group, colour) in enumerate(list(COLOURS.items())[:3]):
         mine = joined.loc[groups == group]
         seen, unseen = mine.loc[mine.log_p.notna()], mine.loc[mine.log_p.isna()]
@@ -189,7 +189,7 @@ def loss_figure(joined: pd.DataFrame, samples: int) -> Figure:
 def separation_figure(table: pd.DataFrame) -> Figure:
     """AUROC of every score in every contrast; hollow: of the score alone, the censored tied."""
     names = list(dict.fromkeys(table.score))
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         1, len(CONTRASTS), figsize=(9.6, 0.4 * len(names) + 1), sharey=True, sharex=True
     )
     for axis, (side, title) in zip(axes, CONTRASTS.items(), strict=True):

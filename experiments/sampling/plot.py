@@ -5,17 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from invmm.analysis.sheet import Row, image_over_runs, sheet
 from invmm.analysis.statistics import Proportion, proportion
 from invmm.analysis.study import finish, found_by_group, read_run, rounded
-from invmm.analysis.style import COLOURS, LABELS, one_line, style
+from invmm.analysis.style import COLOURS, LABELS, one_line, style, subplots
 from invmm.results.records import read_replicas
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 STUDY = Path(__file__).parent
 RESULTS = Path("results/sampling")
@@ -155,7 +157,7 @@ def of_icons(run: str, frame: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame
 
 def sampler_figure(rates: Rates, icons: pd.DataFrame) -> Figure:
     """Replays above, grey for each icon, free samples below; all samplers, then steps of DDIM."""
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         2, 2, figsize=(8.0, 4.8), sharex="col", sharey="row", width_ratios=[3, 2]
     )
     by_name = {name: place for place, name in enumerate(SAMPLERS)}
@@ -179,7 +181,7 @@ def sampler_figure(rates: Rates, icons: pd.DataFrame) -> Figure:
 
 def guidance_figure(rates: Rates) -> Figure:
     """How often an icon's own caption returns it, by guidance scale and copies."""
-    figure, axis = plt.subplots(figsize=(4.6, 3.2))
+    figure, axis = subplots(figsize=(4.6, 3.2))
     for shift, (group, (_, _, name, colour)) in enumerate(GROUPS.items()):
         places = [scale + 0.08 * (shift - 1.5) for scale in SCALES]
         mine = [rates[f"guidance_{scale}"][group] for scale in SCALES]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.figure import Figure
 
 from invmm.analysis.statistics import image_groups
 from invmm.analysis.study import finish, found_by_group, read_run, separation, share_table
-from invmm.analysis.style import COLOURS, LABELS, one_line, style
+from invmm.analysis.style import COLOURS, LABELS, one_line, style, subplots
 from invmm.results.records import read_pictures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STUDY = Path(__file__).parent
 RESULTS = Path("results/text_demo")
@@ -44,7 +46,7 @@ def of_run(frame: pd.DataFrame) -> dict[str, object]:
 
 def found_figure(runs: dict[str, pd.DataFrame]) -> Figure:
     """Share of the icons of each group with a replicating distribution, under each prompt."""
-    figure, axis = plt.subplots(figsize=(5.0, 2.8))
+    figure, axis = subplots(figsize=(5.0, 2.8))
     for offset, (group, colour) in zip((-0.25, 0.0, 0.25), list(COLOURS.items())[:3], strict=True):
         found = [found_by_group(frame)[group] for frame in runs.values()]
         shares = [one["found"] / max(one["of"], 1) for one in found]
@@ -93,7 +95,7 @@ def gallery_table(runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
 def gallery_figure(runs: dict[str, pd.DataFrame]) -> Figure:
     """Icons beside the closest sample under each prompt, with score, guidance and found prompt."""
     rows = shown_icons(runs)
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         len(rows), 1 + len(runs), figsize=(7.2, 1.35 * len(rows)), squeeze=False
     )
     for line, image_id in zip(axes, rows, strict=True):

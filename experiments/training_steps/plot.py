@@ -5,14 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 
 from invmm.analysis.sheet import Row, image_over_runs, sheet
 from invmm.analysis.statistics import (
@@ -31,8 +27,12 @@ from invmm.analysis.study import (
     share_table,
     shown_estimate,
 )
-from invmm.analysis.style import COLOURS, LABELS, copies_label, one_line, style
+from invmm.analysis.style import COLOURS, LABELS, copies_label, one_line, style, subplots
 from invmm.results.records import read_replicas
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 STUDY = Path(__file__).parent
 RESULTS = Path("results/training_steps")
@@ -214,7 +214,7 @@ def as_estimate(share: Proportion) -> Estimate:
 
 def sampling_figure(runs: Runs) -> Figure:
     """What free samples return over the training, by number of copies."""
-    figure, (shares, probabilities, similarities) = plt.subplots(1, 3, figsize=(9.6, 3.2))
+    figure, (shares, probabilities, similarities) = subplots(1, 3, figsize=(9.6, 3.2))
     curves(shares, runs, returned)
     shares.set_ylabel("share of icons returned")
     probabilities.set_yscale("log")
@@ -277,7 +277,7 @@ def icon_sheet(runs: Runs) -> Figure:
 
 def score_figure(runs: Runs) -> Figure:
     """Scores of the same icons over the training, and how many of them have one."""
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         2, 4, figsize=(9.6, 4.6), sharex=True, sharey="row", height_ratios=[2, 1]
     )
     for (above, below), name in zip(axes.T, MEASUREMENTS, strict=True):
@@ -366,6 +366,9 @@ def colour_of(copies: int) -> str:
     """The darker, the more copies; of one copy and none, those of their groups."""
     if copies <= 1:
         return COLOURS["single" if copies else "held_out"]
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
     return to_hex(colormaps["YlOrBr"](0.3 + 0.14 * np.log2(copies)))
 
 

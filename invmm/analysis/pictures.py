@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from invmm.analysis.statistics import image_groups, near_duplicate_groups
-from invmm.analysis.style import COLOURS, LABELS, one_line, save_figure, style
+from invmm.analysis.style import COLOURS, LABELS, one_line, save_figure, style, subplots
 from invmm.analysis.table import shown_draws, shown_score
 from invmm.engine.outcomes import Status
 from invmm.results.collect import has_score, is_censored, is_membership, ranked
@@ -31,7 +31,6 @@ def gallery(run_dir: Path, frame: pd.DataFrame) -> Path:
     Near-duplicates follow the first of them, tied by a bar at their left.
     Membership scores draw no samples: the images alone, most like a training image first.
     """
-    import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
     of_membership = is_membership(frame)
@@ -42,7 +41,7 @@ def gallery(run_dir: Path, frame: pd.DataFrame) -> Path:
     with style():
         rows = max(len(shown), 1)
         height = rows + _HEADER_INCHES
-        figure, axes = plt.subplots(rows, columns, figsize=(columns, height), squeeze=False)
+        figure, axes = subplots(rows, columns, figsize=(columns, height), squeeze=False)
         figure.subplots_adjust(left=0, right=1, bottom=0, top=rows / height)
         for axis in axes.flat:
             axis.set_axis_off()
@@ -71,15 +70,13 @@ def gallery(run_dir: Path, frame: pd.DataFrame) -> Path:
 
 def score_histogram(run_dir: Path, frame: pd.DataFrame) -> Path:
     """scores.png: scores by group, the censored in a bar of their own at the right."""
-    import matplotlib.pyplot as plt
-
     groups = image_groups(frame)
     scored, censored_images = has_score(frame), is_censored(frame)
     of_membership = is_membership(frame)
     scores = frame.score[scored]
     edges = np.linspace(0, float(scores.max() if len(scores) else 1.0) or 1.0, 16)
     with style():
-        figure, (axis, censored) = plt.subplots(
+        figure, (axis, censored) = subplots(
             1, 2, figsize=(6.4, 2.8), width_ratios=[5, 1], sharey=True
         )
         present = [group for group in COLOURS if (groups == group).any()]

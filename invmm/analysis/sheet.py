@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from invmm.analysis.style import subplots
 from invmm.results.records import read_pictures
 
 if TYPE_CHECKING:
@@ -85,11 +86,9 @@ def image_over_runs(runs: Mapping[Path, pd.DataFrame], image_id: str) -> list[Ti
 
 def sheet(columns: Sequence[str], rows: Sequence[Row]) -> Figure:
     """A figure of all rows, below the names of the columns."""
-    import matplotlib.pyplot as plt
-
     names = _NAME_INCHES if any(row.name for row in rows) else 0.1
     width, height = names + _TILE_INCHES * len(columns), _TILE_INCHES * len(rows) + _HEAD_INCHES
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=(width, height), squeeze=False)
+    figure, axes = subplots(len(rows), len(columns), figsize=(width, height), squeeze=False)
     figure.subplots_adjust(
         left=names / width,
         right=1,

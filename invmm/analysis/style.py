@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,11 +42,10 @@ def one_line(text: str, width: int) -> str:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Matplotlib without a screen, in the project's style, whatever the user's own says."""
-    import matplotlib as mpl
+    """The project's look of figures, whatever the user's own says."""
+    _import_matplotlib()
     from matplotlib.style import context
 
-    mpl.use("Agg")
     own = {
         "font.size": 9,
         "axes.spines.top": False,
@@ -57,12 +58,46 @@ def style() -> Iterator[None]:
         yield
 
 
-def save_figure(figure: Figure, *paths: Path) -> tuple[Path, ...]:
-    """Writes it in the format of each path, without dates, closes it and returns the paths."""
-    import matplotlib.pyplot as plt
+def new_figure(**options: Any) -> Figure:
+    """A figure for files. It needs no screen and, unlike pyplot's, no backend of the user's."""
+    _import_matplotlib()
+    from matplotlib.figure import Figure
 
+    return Figure(**options)
+
+
+def subplots(
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    figsize: tuple[float, float],
+    layout: str | None = None,
+    **options: Any,
+) -> tuple[Figure, Any]:
+    """A new figure and its axes, with the options of `Figure.subplots`."""
+    figure = new_figure(figsize=figsize, layout=layout)
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def save_figure(figure: Figure, *paths: Path) -> tuple[Path, ...]:
+    """Writes it in the format of each path, without dates, and returns the paths."""
     undated = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Producer": None}}
     for path in paths:
         figure.savefig(path, metadata=undated[path.suffix])
-    plt.close(figure)
     return paths
+
+
+def _import_matplotlib() -> None:
+    """Imports matplotlib even where MPLBACKEND names a backend that is not installed.
+
+    A notebook's shell hands its own to all that is started in it. Whoever can use it keeps it.
+    """
+    if "matplotlib" in sys.modules:
+        return
+    backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib
+
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend

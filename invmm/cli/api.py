@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invmm.cli.compose import compose_job, identity_of
-from invmm.cli.recipes import check_measure, plan_of
+from invmm.cli.recipes import check_machine, check_measure, plan_of
 from invmm.cli.schema import build
 from invmm.data.folder import ImageFolder
 from invmm.data.memory import MemoryImages
@@ -52,7 +52,8 @@ def measure(
 
     Raises:
         ValueError: faults in the overrides (all of them), the images or the model.
-        RuntimeError: images are missing, since a record could not be written.
+        RuntimeError: images are missing, since a record could not be written, or every one FAILED
+            or DIVERGED; the table of the folder says why.
         KeyboardInterrupt: interrupted; the same call goes on.
     """
     import pandas as pd
@@ -75,6 +76,7 @@ def measure(
             model = replace(model, latent_scale=options.latent_scale)
         given = {**plain, "model": model, "dataset": dataset}
         recipes = check_measure(given, faults)
+        check_machine(given, faults)
     if faults or recipes is None:
         raise ValueError("\n".join(faults))
     if recipes.trainer.devices > 1:
@@ -88,7 +90,10 @@ def measure(
     if code > 128:
         raise KeyboardInterrupt
     if code:
-        raise RuntimeError(f"images are missing in {plan.run_dir}; call again to go on")
+        raise RuntimeError(
+            f"images are missing in {plan.run_dir}, or every one failed, as printed above; call "
+            "again to go on"
+        )
     return pd.read_parquet(plan.run_dir / "scores.parquet")
 
 

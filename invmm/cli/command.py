@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invmm import __version__
+from invmm.cli.entry import guarded, run_command
+from invmm.exits import HELP, Exit, worst
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +31,7 @@ class Command:
         check: builds the recipes from a plain config and appends all faults; None if faulty.
         dry_run: describes a checked config without running it.
         execute: runs a checked config: (recipes, plain config, folder, identity) -> exit code.
+        check_machine: appends what a plain config asks for and the machine at hand lacks.
     """
 
     name: str
@@ -41,13 +41,11 @@ class Command:
     check: Callable[[Mapping[str, Any], list[str]], Any]
     dry_run: Callable[[Any, Mapping[str, Any]], str]
     execute: Callable[[Any, Mapping[str, Any], Path, Mapping[str, Any]], int]
+    check_machine: Callable[[Mapping[str, Any], list[str]], None] = lambda config, faults: None
 
     def main(self) -> None:
         """Entry point of the console script."""
-        try:
-            sys.exit(self.run(sys.argv[1:]))
-        except KeyboardInterrupt:
-            sys.exit(EXIT_INTERRUPTED)
+        sys.exit(run_command(self.name, lambda: self.run(sys.argv[1:])))
 
     def run(self, arguments: list[str]) -> int:
         """Runs the command and returns its exit code."""
@@ -63,29 +61,33 @@ class Command:
         flags = parser.parse_intermixed_args(arguments)
         checked = self._checked_jobs(flags.overrides, multirun=flags.multirun)
         if checked is None:
-            return EXIT_USER_ERROR
+            return Exit.FAULTY
         if any(config["dry_run"] for config, _ in checked):
-            for config, recipes in checked:
-                if code := self.guarded(lambda r=recipes, c=config: _print(self.dry_run(r, c))):
-                    return code
-            return 0
+            shown = [
+                guarded(self.name, lambda r=recipes, c=config: _print(self.dry_run(r, c)))
+                for config, recipes in checked
+            ]
+            return worst(shown)
         return self._run_hydra(flags.overrides, multirun=flags.multirun)
 
     def _checked_jobs(
         self, overrides: list[str], *, multirun: bool
     ) -> list[tuple[dict[str, Any], Any]] | None:
         """(config, recipes) of every job; None, and all faults printed, if there are any."""
-        from invmm.cli.compose import compose_job, jobs
+        from invmm.cli.compose import compose_job, is_launched, jobs
 
         by_fault: dict[str, list[str]] = {}
         general: list[str] = []
+        left_out: list[str] = []
         checked = []
-        for job in jobs(overrides, multirun=multirun, faults=general):
-            faults: list[str] = []
-            config = compose_job(self.config_name, job, faults)
-            recipes = self.check(config, faults) if config else None
+        for job in jobs(overrides, multirun=multirun, faults=general, left_out=left_out):
+            faults, found, without = [], [], [*left_out]
+            config = compose_job(self.config_name, job, faults, without)
+            recipes = self.check(config, found) if config else None
+            if config and not config["dry_run"] and not (multirun and is_launched(job)):
+                self.check_machine(config, found)
             checked.append((config, recipes))
-            for fault in faults:
+            for fault in [*faults, *_of_others(found, without)]:
                 by_fault.setdefault(fault, []).append(" ".join(job))
         if not general and not by_fault:
             return checked
@@ -119,22 +121,19 @@ class Command:
 
         sys.argv = [self.name, *(["--multirun"] if multirun else []), *permissive(overrides)]
         decorated = hydra.main("pkg://invmm.conf", self.config_name, version_base="1.3")(task)
-        return max(self.guarded(run), *job.codes, 0)
+        return worst([guarded(self.name, run), *job.codes])
 
     def work(self, config: Mapping[str, Any], folder: Path) -> int:
         """Executes one job and returns its exit code."""
         from invmm.cli.compose import identity_of
 
-        recipes, identity = self.check(config, []), identity_of(config)
-        return self.guarded(lambda: self.execute(recipes, config, folder, identity))
-
-    def guarded(self, action: Callable[[], int]) -> int:
-        """Faults of the user's inputs and folders end in one line, not in a traceback."""
-        try:
-            return action()
-        except (OSError, ValueError) as error:
-            print(f"{self.name}: {error}", file=sys.stderr)
-            return EXIT_USER_ERROR
+        faults: list[str] = []
+        self.check_machine(config, faults)
+        recipes, identity = self.check(config, faults), identity_of(config)
+        if faults:  # what holds where a job is launched need not hold where it runs
+            print(f"{self.name}: {'; '.join(faults)}", file=sys.stderr)
+            return Exit.FAULTY
+        return guarded(self.name, lambda: self.execute(recipes, config, folder, identity))
 
     def _help(self) -> str:
         lines = [self.help.strip(), "", "Config groups (GROUP=OPTION):"]
@@ -147,9 +146,20 @@ class Command:
         lines += [
             "",
             "Any value: KEY=VALUE. Several: --multirun KEY=A,B. Look first: dry_run=true.",
-            "Exit codes: 0 done, 2 faulty config or inputs, 3 images are missing, 130/143 signal.",
+            HELP,
         ]
         return "\n".join(lines)
+
+
+def _of_others(faults: Sequence[str], left_out: Sequence[str]) -> list[str]:
+    """The faults that do not follow from keys and groups which were left out of a config."""
+    begin = tuple(f"{key}{sign}" for key in left_out for sign in (".", " ", "="))
+    follow = (" is missing; ", " is not a key; ")
+    return [
+        fault
+        for fault in faults
+        if not (fault.startswith(begin) and any(words in fault for words in follow))
+    ]
 
 
 def _print(text: str) -> int:

@@ -9,7 +9,6 @@ from importlib.resources import files
 from typing import Any
 
 from hydra import compose, initialize_config_module
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -17,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from invmm.cli.lists import contents, with_lists
+from invmm.cli.overrides import OverrideReader, first_line, key_of
+from invmm.cli.precedence import options_win
 from invmm.files import json_digest
 
 CONF = "invmm.conf"
@@ -44,43 +45,68 @@ def groups() -> dict[str, list[str]]:
     return found
 
 
-def jobs(overrides: Sequence[str], *, multirun: bool, faults: list[str]) -> list[list[str]]:
-    """The overrides of each job of a sweep, or of the one job; unreadable ones are left out."""
+def jobs(
+    overrides: Sequence[str],
+    *,
+    multirun: bool,
+    faults: list[str],
+    left_out: list[str] | None = None,
+) -> list[list[str]]:
+    """The overrides of each job of a sweep, or of the one job.
+
+    Args:
+        overrides: as given on the command line.
+        multirun: whether a list of values makes a job of each.
+        faults: gets a line for each override that cannot be read. The jobs hold it as it was
+            probably meant, so that no other fault follows from it.
+        left_out: gets the keys of those that the jobs do not hold.
+    """
     contents().clear()  # a command reads the files of lists anew
     with initialize_config_module(CONF, version_base="1.3"):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        reader = OverrideReader(parser, groups().keys(), multirun)
         split: list[list[str]] = []
         for text in overrides:
-            try:
-                override = parser.parse_overrides([text])[0]
-                values = [job[0] for job in BasicSweeper.split_arguments([override], None)[0]]
-            except HydraException as error:
-                faults.append(f"'{text}' cannot be read: {_first_line(error)}")
-                continue
-            if override.is_sweep_override() and not multirun:
-                faults.append(f"{text} names several values; add --multirun to run one job each")
-                continue
-            split.append(values if multirun else [text])
+            values, fault = reader.read(text)
+            if fault:
+                faults.append(fault)
+            if values:
+                split.append(values)
+            elif left_out is not None:
+                left_out.append(key_of(text))
     return [list(job) for job in itertools.product(*split)]
 
 
-def compose_job(config_name: str, overrides: Sequence[str], faults: list[str]) -> dict[str, Any]:
+def compose_job(
+    config_name: str,
+    overrides: Sequence[str],
+    faults: list[str],
+    left_out: list[str] | None = None,
+) -> dict[str, Any]:
     """The resolved config of a job as plain containers; {} if it does not compose.
 
     Keys that no group knows are let in here, for the check against the classes to find them all.
+
+    Args:
+        config_name: the primary config.
+        overrides: of the job.
+        faults: gets a line for each fault.
+        left_out: gets the groups whose options do not exist; the config holds their defaults.
     """
     known = groups()
     faulty = {override: fault for override in overrides if (fault := _group_fault(override, known))}
     faults += faulty.values()
+    if left_out is not None:
+        left_out += map(key_of, faulty)
     accepted = permissive([override for override in overrides if override not in faulty])
     try:
         with initialize_config_module(CONF, version_base="1.3"):
-            config = compose(config_name, accepted)
+            config = _options_win(compose(config_name, accepted), config_name, accepted)
         return plain(config, faults)
     except OmegaConfBaseException as error:
-        faults.append(f"{error.full_key or 'the config'} does not resolve: {_first_line(error)}")
+        faults.append(f"{error.full_key or 'the config'} does not resolve: {first_line(error)}")
     except HydraException as error:
-        faults.append(_with_package(_first_line(error)))
+        faults.append(_with_package(first_line(error)))
     return {}
 
 
@@ -96,6 +122,24 @@ def plain(config: DictConfig, faults: list[str] | None = None) -> dict[str, Any]
     container = OmegaConf.to_container(own, resolve=True)
     assert isinstance(container, dict)
     return with_lists({str(key): value for key, value in container.items()}, faults)
+
+
+def job_config(config: DictConfig, hydra: Any) -> dict[str, Any]:
+    """The config of a job that Hydra composed, as `compose_job` gives it.
+
+    Args:
+        config: the job's.
+        hydra: Hydra's own node of it.
+    """
+    return plain(_options_win(config, hydra.job.config_name, list(hydra.overrides.task)))
+
+
+def is_launched(overrides: Sequence[str]) -> bool:
+    """Whether the job of a sweep runs wherever a launcher takes it, not in this process."""
+    return any(
+        key_of(override) == "hydra/launcher" and not override.endswith("=basic")
+        for override in overrides
+    )
 
 
 def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,10 +161,10 @@ def register_resolvers() -> None:
     """Makes ${digest:}, ${run_folder:} and ${sweep_folder:} known to Hydra."""
 
     def digest(*, _root_: DictConfig) -> str:
-        return digest_of(plain(_root_))
+        return digest_of(job_config(_root_, _root_.hydra))
 
     def run_folder(*, _root_: DictConfig) -> str:
-        return _root_.run_dir or f"{_root_.out}/{digest_of(plain(_root_))}"
+        return _root_.run_dir or f"{_root_.out}/{digest(_root_=_root_)}"
 
     def sweep_folder(*, _root_: DictConfig) -> str:
         return _root_.run_dir or _root_.out
@@ -129,11 +173,15 @@ def register_resolvers() -> None:
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
+def _options_win(config: DictConfig, config_name: str, overrides: Sequence[str]) -> DictConfig:
+    return options_win(config, config_name, overrides, conf=CONF, groups=groups())
+
+
 def _group_fault(override: str, known: Mapping[str, list[str]]) -> str | None:
     """Whether an override names an option that its group does not have."""
     name, _, option = override.lstrip("+").partition("=")
-    options = known.get(name.partition("@")[0])
-    if options is None or option in options or override.startswith("~"):
+    options = known.get(key_of(override))
+    if options is None or option.strip("\"'") in options or override.startswith("~"):
         return None
     near = difflib.get_close_matches(option, options, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? There are" if near else "there are"
@@ -141,7 +189,7 @@ def _group_fault(override: str, known: Mapping[str, list[str]]) -> str | None:
 
 
 def _permissive(override: str, known: Mapping[str, list[str]]) -> str:
-    name = override.lstrip("+").partition("=")[0].partition("@")[0]
+    name = key_of(override)
     if override.startswith("~") or name in known or name.partition("/")[0] == "hydra":
         return override
     return override if name.startswith("hydra.") else "++" + override.lstrip("+")
@@ -153,7 +201,3 @@ def _with_package(fault: str) -> str:
         if "Could not find" in fault and f"hydra/launcher/{plugin}" in fault:
             return f"{fault}; pip install 'invmm[{extra}]'"
     return fault
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from invmm.cli.compose import plain, register_resolvers
+from invmm.cli.compose import job_config, register_resolvers
 from invmm.cli.lists import contents
 
 register_resolvers()  # a launcher's process gets them by unpickling a job
@@ -59,7 +59,8 @@ class HydraJob:
             JobFailed: it failed in another process than the launching one.
             SystemExit: a signal stopped it in the launching process; ends the sweep.
         """
-        code = self.work(plain(config), Path(HydraConfig.get().runtime.output_dir))
+        hydra = HydraConfig.get()
+        code = self.work(job_config(config, hydra), Path(hydra.runtime.output_dir))
         if os.getpid() != self.launched_by:
             if code:
                 raise JobFailed(code)

@@ -31,6 +31,12 @@ def _check(config: Mapping[str, Any], faults: list[str]) -> MeasureConfig | None
     return check_measure(config, faults)
 
 
+def _check_machine(config: Mapping[str, Any], faults: list[str]) -> None:
+    from invmm.cli.recipes import check_machine
+
+    check_machine(config, faults)
+
+
 def _dry_run(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
     from invmm.cli.estimate import describe
 
@@ -67,6 +73,7 @@ COMMAND = Command(
     check=_check,
     dry_run=_dry_run,
     execute=_execute,
+    check_machine=_check_machine,
 )
 
 

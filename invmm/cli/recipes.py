@@ -156,6 +156,13 @@ def check_threshold(config: Mapping[str, Any], faults: list[str]) -> ThresholdCo
     return None if faults else recipes
 
 
+def check_machine(config: Mapping[str, Any], faults: list[str]) -> None:
+    """Lists what the config asks for and the machine at hand lacks: plans need none of it."""
+    trainer: TrainerSettings | None = _readable(TrainerSettings, config.get("trainer"))
+    if trainer is not None:
+        _collect(trainer.check_machine, faults)
+
+
 def _check_between(config: Mapping[str, Any], faults: list[str]) -> None:
     """Faults between the nodes, as far as the nodes can be read."""
     sampler: Sampler | None = _readable(Sampler, config.get("sampler"))

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from invmm.cli.command import EXIT_USER_ERROR, Command
+from invmm.cli.command import Command
+from invmm.exits import Exit
 
 if TYPE_CHECKING:
     from invmm.cli.recipes import ThresholdConfig
@@ -54,8 +55,7 @@ def _execute(
         except ImageError as error:
             print(f"left out {entry.image_id}: {error}")
     if len(vectors) < 2:
-        print("invmm-threshold: fewer than two images can be used")
-        return EXIT_USER_ERROR
+        raise ValueError("fewer than two images can be used; dataset=... must hold more")
     print(
         false_matches(
             torch.cat(vectors),
@@ -63,7 +63,7 @@ def _execute(
             allowed_rate=recipes.allowed_rate,
         )
     )
-    return 0
+    return Exit.DONE
 
 
 COMMAND = Command(

@@ -30,6 +30,12 @@ def _check(config: Mapping[str, Any], faults: list[str]) -> TrainConfig | None:
     return check_train(config, faults)
 
 
+def _check_machine(config: Mapping[str, Any], faults: list[str]) -> None:
+    from invmm.cli.recipes import check_machine
+
+    check_machine(config, faults)
+
+
 def _dry_run(recipes: TrainConfig, config: Mapping[str, Any]) -> str:
     import yaml
 
@@ -74,6 +80,7 @@ COMMAND = Command(
     check=_check,
     dry_run=_dry_run,
     execute=_execute,
+    check_machine=_check_machine,
 )
 
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from invmm.cli.command import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from invmm.cli.entry import run_command
+from invmm.exits import HELP
 
 if TYPE_CHECKING:
     from invmm.runtime.plan import MeasureRun
@@ -19,24 +20,21 @@ Verifies the records of a run from the distributions that it saved, without repe
 the score is computed again, and fresh samples are drawn and compared with the image. Writes
 verification.json into the folder of the run.
 """
-EPILOG = """
+EPILOG = (
+    """
 A record holds if its score is the KL of the saved distribution, if the recorded count of replicas
 and the fresh one may come from one rate (with 95 % intervals, the recorded one widened for the
 number of checks that it was selected from), and if its certificate claims no more than its count
-proves. Exit codes: 0 all records hold, 1 some do not, 2 some or all cannot be verified.
+proves. Code 4: what could be verified holds, but some records could not. 2: none can be, as the
+run, its model or its similarity network is not here, or is another one.
 """
+    + HELP
+)
 
 
 def main() -> None:
     """Console script."""
-    arguments = _parser().parse_args()
-    try:
-        sys.exit(_verify(arguments))
-    except (OSError, ValueError) as error:
-        print(f"invmm-verify: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(run_command("invmm-verify", lambda: _verify(_parser().parse_args())))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from invmm.data.dataset import ImageEntry, LoadedImage
-from invmm.engine.outcomes import Outcome
+from invmm.engine.outcomes import Outcome, Status
 from invmm.files import write_atomically
 from invmm.inversion.saved import load_record
 from invmm.results.run_folder import RunFolder
@@ -80,6 +81,24 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
             shown = {name: _encodable(value) for name, value in record.items()}
             records.append({**shown, "folder": path.parent.name})
     return sorted(records, key=lambda record: record["image_id"])
+
+
+def why_nothing_is_measured(folder: RunFolder, entries: Sequence[ImageEntry]) -> str | None:
+    """One line if every one of the images FAILED or DIVERGED, with the most frequent error."""
+    paths = [folder.record_folder(entry.image_id) / "record.json" for entry in entries]
+    records = [record for path in paths if (record := load_record(path)) is not None]
+    without = (Status.FAILED, Status.DIVERGED)
+    if not records or len(records) < len(entries):
+        return None
+    if any(record["status"] not in without for record in records):
+        return None
+    ((error, count),) = Counter(record["error"] for record in records).most_common(1)
+    statuses = Counter(record["status"] for record in records)
+    shown = " and ".join(f"{statuses[status]} {status}" for status in without if statuses[status])
+    return (
+        f"no image was measured: {shown}, {count} of them by: {_encodable(error)}. What FAILED is "
+        "measured again by the same command with retry_failed=true"
+    )
 
 
 def damaged_records(run_dir: Path) -> list[Path]:

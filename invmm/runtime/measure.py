@@ -11,12 +11,12 @@ import torch
 
 from invmm.analysis.report import report
 from invmm.data.dataset import ImageDataset, ImageEntry
+from invmm.exits import Exit
 from invmm.results.manifest import Inputs, write_manifest
+from invmm.results.records import why_nothing_is_measured
 from invmm.results.run_folder import RunFolder
 from invmm.runtime.plan import MeasureRun
 from invmm.runtime.processes import (
-    EXIT_DONE,
-    EXIT_INCOMPLETE,
     WORKER_DEATHS,
     last_line,
     own_processes,
@@ -32,7 +32,7 @@ def measure(run: MeasureRun) -> int:
 
     Returns:
         The exit code: 0 all images have a record; 3 some are missing (a process died, the disk is
-        full); 130 or 143 interrupted by a signal.
+        full), or every one FAILED or DIVERGED; 130 or 143 interrupted by a signal.
 
     Raises:
         ValueError: the folder belongs to another run, or model and images do not go together.
@@ -48,11 +48,14 @@ def measure(run: MeasureRun) -> int:
         entries = run.shard.of(dataset.entries) if run.shard else dataset.entries
         pending = folder.pending(entries, retry_failed=run.retry_failed)
         _announce(run, dataset, len(entries), len(pending))
-        exit_code = EXIT_DONE
+        exit_code = Exit.DONE
         if pending:
             exit_code = _measure_pending(run, folder, dataset, pending)
         print(report(folder.path), flush=True)
         run.logger.publish(folder.path, run.config)
+        if exit_code == Exit.DONE and (failure := why_nothing_is_measured(folder, entries)):
+            print(failure, file=sys.stderr)
+            return Exit.INCOMPLETE
     return exit_code
 
 
@@ -67,7 +70,7 @@ def _announce(run: MeasureRun, dataset: ImageDataset, total: int, num_pending: i
 def _measure_pending(
     run: MeasureRun, folder: RunFolder, dataset: ImageDataset, pending: Sequence[ImageEntry]
 ) -> int:
-    exit_code, reason = EXIT_DONE, "a process ended early"
+    exit_code, reason = Exit.DONE, "a process ended early"
     try:
         with interruptible(), progress_bar(folder, pending):
             _predict(MeasureModule(run, folder, dataset, pending), run.trainer)
@@ -84,8 +87,8 @@ def _measure_pending(
             f"{len(missing)} are missing. The same command goes on where this one stopped.",
             file=sys.stderr,
         )
-        return exit_code or EXIT_INCOMPLETE
-    return EXIT_DONE
+        return exit_code or Exit.INCOMPLETE
+    return Exit.DONE
 
 
 class MeasureModule(pl.LightningModule):

@@ -18,8 +18,6 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from invmm.runtime.trainer import TrainerSettings
 
-EXIT_DONE, EXIT_INCOMPLETE = 0, 3
-
 # Spawned workers import this module before Lightning starts to talk in them.
 for _name in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.ERROR)

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from invmm.data.dataset import DatasetRecipe, ImageDataset
 from invmm.data.manifest import TrainingManifest
+from invmm.exits import Exit
 from invmm.models.architectures import TrainableModel, Trainee
 from invmm.results.run_folder import RunFolder
 from invmm.runtime.processes import (
-    EXIT_DONE,
-    EXIT_INCOMPLETE,
     WORKER_DEATHS,
     last_line,
     own_processes,
@@ -31,7 +30,7 @@ from invmm.runtime.signals import Interrupted, interruptible, raise_on_signals
 from invmm.runtime.trainer import TrainerSettings
 from invmm.runtime.training import TrainingSettings
 from invmm.runtime.training_data import TrainingImages, read_training_set
-from invmm.runtime.training_export import FINAL, AveragedWeights, Export
+from invmm.runtime.training_export import FINAL, AveragedWeights, DivergedError, Export, Finiteness
 
 _LOG_EVERY = 50
 
@@ -68,8 +67,8 @@ def train(run: TrainRun) -> int:
         The exit code: 0 done; 3 a process died; 130 or 143 interrupted by a signal.
 
     Raises:
-        ValueError: the folder belongs to another config, or the data set cannot be used, by this
-            model or at all.
+        ValueError: the folder belongs to another config, the data set cannot be used, by this
+            model or at all, or the weights stopped being finite; nothing is exported of those.
     """
     if run.trainer.devices > 1 and run.training.batch_size % run.trainer.devices:
         raise ValueError(
@@ -79,24 +78,26 @@ def train(run: TrainRun) -> int:
     with RunFolder.open(run.run_dir, config=run.config, digest=run.digest) as folder:
         if (folder.path / FINAL).exists():
             print(f"already trained: {folder.path / FINAL}")
-            return EXIT_DONE
+            return Exit.DONE
         dataset = run.dataset.open(run.model.image_size)
         images, manifest = read_training_set(dataset, run.seed)
         pl.seed_everything(run.seed, verbose=False)
         trainee = run.model.start(_captions(dataset, manifest))
-        exit_code, reason = EXIT_INCOMPLETE, "a process ended early"
+        exit_code, reason = Exit.INCOMPLETE, "a process ended early"
         try:
             with interruptible():
                 _fit(TrainModule(trainee, run, images), run, manifest)
         except Interrupted as signal:
             exit_code, reason = signal.exit_code, f"stopped by {signal}"
         except WORKER_DEATHS as error:
+            if DivergedError.__name__ in str(error):  # of a worker, whose error comes as text
+                raise ValueError(last_line(error).partition(": ")[2]) from None
             reason = f"a worker died: {last_line(error)}"
         if not (folder.path / FINAL).exists():
             print(f"{reason}; the same command goes on from the last checkpoint", file=sys.stderr)
             return exit_code
         print(f"trained: {folder.path / FINAL}")
-    return EXIT_DONE
+    return Exit.DONE
 
 
 def _captions(dataset: ImageDataset, manifest: TrainingManifest) -> list[str | None]:
@@ -205,6 +206,7 @@ def _fit(module: TrainModule, run: TrainRun, manifest: TrainingManifest) -> None
         enable_progress_bar=False,
         callbacks=[
             averaged,
+            Finiteness(run.training, averaged, _LOG_EVERY),
             Export(run.run_dir, run.training, averaged, manifest),
             TrainingBar(),
             ModelCheckpoint(

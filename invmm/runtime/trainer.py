@@ -28,7 +28,44 @@ class TrainerSettings:
     threads_per_device: Annotated[int, Ge(1)] | None = None
     tflops: Annotated[float, Gt(0)] | None = None
 
+    def check_machine(self) -> None:
+        """Whether the machine at hand has these devices, which only the run itself needs.
+
+        Raises:
+            ValueError: it has none of them, or fewer.
+        """
+        if self.accelerator == "cpu":
+            return
+        import torch
+
+        counts = {"mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}
+        # As Lightning chooses: an Apple GPU first.
+        kinds = (self.accelerator,) if self.accelerator in counts else tuple(counts)
+        count = next((counts[kind] for kind in kinds if counts[kind]), 0)
+        if not count:
+            if self.accelerator == "auto":
+                return  # as many processes on the CPU
+            raise ValueError(
+                f"trainer.accelerator={self.accelerator}: {_why_no_gpu()}; use trainer=cpu, or "
+                "dry_run=true to plan"
+            )
+        if self.devices > count:
+            raise ValueError(
+                f"trainer.devices={self.devices} is more than the GPUs here; use "
+                f"trainer.devices={count}"
+            )
+
     @property
     def num_threads(self) -> int:
         """CPU threads of each process."""
         return self.threads_per_device or max(1, (os.cpu_count() or 1) // self.devices)
+
+
+def _why_no_gpu() -> str:
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"this PyTorch ({torch.__version__}) is built for CPUs"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = "" if visible is None else f" that CUDA_VISIBLE_DEVICES={visible!r} lets through"
+    return f"there is no GPU here{hidden}"

@@ -41,6 +41,46 @@ class AveragedWeights(WeightAveraging):
         return trainee
 
 
+class DivergedError(ValueError):
+    """The weights of a training are no numbers any more."""
+
+
+class Finiteness(pl.Callback):
+    """Ends a training whose weights are no longer finite, before they are saved or exported.
+
+    It stands before all that saves. The averaged weights are looked at: what was not finite once
+    stays in them.
+
+    Args:
+        settings: for the steps at which something is saved.
+        averaged: the weights.
+        every: steps after which it looks in any case.
+    """
+
+    def __init__(self, settings: TrainingSettings, averaged: AveragedWeights, every: int) -> None:
+        self.averaged, self.settings, self.every = averaged, settings, every
+        self.steps = {*settings.export_steps, settings.num_steps}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        """Looks if this step is one to look at; all processes see the same.
+
+        Raises:
+            DivergedError: a weight is not finite.
+        """
+        step, every = trainer.global_step, (self.every, self.settings.checkpoint_every)
+        if step not in self.steps and all(step % interval for interval in every):
+            return
+        weights = self.averaged.averaged_trainee().parameters()
+        if not all(bool(weight.isfinite().all()) for weight in weights):
+            raise DivergedError(
+                f"training.learning_rate={self.settings.learning_rate:g} made the weights "
+                f"non-finite by step {step}; lower it, or training.gradient_clip, or begin with "
+                "training.warmup_steps"
+            )
+
+
 class Export(pl.Callback):
     """Writes diffusers folders at the chosen steps.
 

@@ -23,6 +23,7 @@ from invmm.engine.outcomes import Outcome, Status
 from invmm.engine.protocols import Setting, Target
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
+from invmm.exits import Exit
 from invmm.files import record_key, write_atomically
 from invmm.inversion.confirmation import confirm
 from invmm.inversion.saved import CHECKS, saved_noise, saved_tensors
@@ -35,7 +36,6 @@ from invmm.runtime.plan import MeasureRun
 from invmm.runtime.verdict import Claim, Verdict
 from invmm.runtime.worker import image_generator
 
-EXIT_HOLDS, EXIT_FAILS, EXIT_UNVERIFIED = 0, 1, 2
 _PACKAGES = ("invmm", "torch", "diffusers", "onnxruntime", "pillow")
 
 
@@ -66,8 +66,8 @@ def verify(task: Verification) -> int:
     """Verifies, prints a table and writes verification.json into the folder of the run.
 
     Returns:
-        The exit code: 0 every record holds, or has no score to hold; 1 some record does not; 2
-        some cannot be verified.
+        The exit code: 0 every record holds, or has no score to hold; 1 some record does not; 4
+        some cannot be verified, and none of the others does not hold.
 
     Raises:
         ValueError: nothing can be verified: no such image, records of a measurement that saves no
@@ -93,8 +93,8 @@ def verify(task: Verification) -> int:
     print(table(findings), f"written: {path}", sep="\n")
     verdicts = {finding.verdict for finding in findings}
     if Verdict.FAILS in verdicts:
-        return EXIT_FAILS
-    return EXIT_UNVERIFIED if Verdict.UNVERIFIED in verdicts else EXIT_HOLDS
+        return Exit.DOES_NOT_HOLD
+    return Exit.UNDECIDED if Verdict.UNVERIFIED in verdicts else Exit.DONE
 
 
 class Verifier:
