@@ -10,6 +10,7 @@ from pathlib import Path
 
 from invmm.cli.compose import compose_job
 from invmm.cli.schema import build
+from invmm.exits import Exit
 from invmm.runtime.loggers import RunLog, WandbLog
 
 
@@ -20,12 +21,14 @@ def main() -> None:
     config = compose_job("measure", overrides, faults)
     log = build(RunLog, config["logger"], "logger", faults) if config else None
     if faults:
-        sys.exit("\n".join(faults))
+        print("\n".join(faults), file=sys.stderr)
+        sys.exit(Exit.FAULTY)
     if isinstance(log, WandbLog):
         try:
             log.publish_study(Path("results") / study)
         except ValueError as error:
-            sys.exit(str(error))
+            print(error, file=sys.stderr)
+            sys.exit(Exit.FAULTY)
 
 
 if __name__ == "__main__":

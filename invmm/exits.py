@@ -14,7 +14,7 @@ class Exit(IntEnum):
     DOES_NOT_HOLD = 1
     """Something that was asked about does not hold."""
     FAULTY = 2
-    """The config or the inputs are faulty; nothing but a change of them helps."""
+    """The config, the inputs or the machine are not fit for it; the same command ends so again."""
     INCOMPLETE = 3
     """Results are missing: a process died, a disk is full, or every image failed."""
     UNDECIDED = 4

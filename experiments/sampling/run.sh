@@ -20,9 +20,9 @@ under ddim_20 64 512
 under ddim_eta_half 64 512 sampler.eta=0.5
 under ddim_eta_one 64 512 sampler.eta=1
 for sampler in ddpm dpmsolver euler unipc; do
-    under "$sampler" 64 512 sampler="$sampler"
+    under "$sampler" 64 512 sampler="$sampler" sampler.num_inference_steps=20
 done
-under heun 64 256 sampler=heun # two evaluations a step
+under heun 64 256 sampler=heun sampler.num_inference_steps=20 # two evaluations a step
 under ddim_10 64 512 sampler.num_inference_steps=10
 under ddim_50 64 512 sampler.num_inference_steps=50
 under ddim_100 64 256 sampler.num_inference_steps=100

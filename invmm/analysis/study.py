@@ -8,6 +8,7 @@ must show.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from invmm.analysis.separation import contrast
 from invmm.analysis.statistics import Estimate, found_shares, image_groups
 from invmm.analysis.style import save_figure
+from invmm.exits import Exit
 from invmm.files import write_atomically
 from invmm.results.collect import has_score, is_censored, score_table
 
@@ -30,13 +32,15 @@ def read_run(run_dir: Path) -> pd.DataFrame:
     """The score table of a finished run, from its records.
 
     Raises:
-        SystemExit: there is none; the message names the command that makes it.
+        SystemExit: there is none; a line names the command that makes it.
     """
     if not (run_dir / "scores.parquet").is_file():
-        raise SystemExit(
+        print(
             f"{run_dir / 'scores.parquet'} is missing; "
-            f"`make study STUDY={run_dir.parent.name}` measures what is left"
+            f"`make study STUDY={run_dir.parent.name}` measures what is left",
+            file=sys.stderr,
         )
+        raise SystemExit(Exit.INCOMPLETE)
     return score_table([run_dir]).drop(columns="run")
 
 
@@ -137,7 +141,7 @@ def finish(
         print(f"not as expected: {difference}")
     if not differences:
         print(f"as expected: {len(expected)} figures of {study / 'expected.json'}")
-    return 1 if differences else 0
+    return Exit.DOES_NOT_HOLD if differences else Exit.DONE
 
 
 def unexpected(

@@ -116,6 +116,11 @@ class Command:
             try:
                 decorated()  # Hydra makes the folders of the jobs
             except JobFailed as failure:
+                print(
+                    f"{self.name}: that job ended with exit code {failure.code}; its own log says "
+                    "why",
+                    file=sys.stderr,
+                )
                 return failure.code
             return 0
 

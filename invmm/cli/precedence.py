@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -51,20 +52,23 @@ def options_win(
         for key, override in zip(keys, overrides, strict=True)
         if key.partition(".")[0] in chosen
     ]
+    content = _unresolved(config)
+    instead = _composed(conf, config_name, tuple(own))
+    return OmegaConf.create({**content, **{key: instead[key] for key in chosen if key in instead}})
+
+
+@lru_cache(maxsize=64)
+def _composed(conf: str, config_name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """A config without a preset; Hydra asks for that of a job several times."""
     is_ready = GlobalHydra().is_initialized()  # within a job that Hydra runs
     hydra = (
         contextlib.nullcontext() if is_ready else initialize_config_module(conf, version_base="1.3")
     )
     with hydra:
-        without_preset = compose(config_name, own)
-    content, instead = (
-        {str(key): node for key, node in _unresolved(each).items() if key != "hydra"}
-        for each in (config, without_preset)
-    )
-    return OmegaConf.create({**content, **{key: instead[key] for key in chosen if key in instead}})
+        return _unresolved(compose(config_name, list(overrides)))
 
 
-def _unresolved(config: DictConfig) -> dict[Any, Any]:
+def _unresolved(config: DictConfig) -> dict[str, Any]:
     content = OmegaConf.to_container(config, resolve=False)
     assert isinstance(content, dict)
-    return content
+    return {str(key): node for key, node in content.items() if key != "hydra"}

@@ -95,9 +95,10 @@ def why_nothing_is_measured(folder: RunFolder, entries: Sequence[ImageEntry]) ->
     ((error, count),) = Counter(record["error"] for record in records).most_common(1)
     statuses = Counter(record["status"] for record in records)
     shown = " and ".join(f"{statuses[status]} {status}" for status in without if statuses[status])
+    by = "all" if count == len(records) else f"{count} of them"
     return (
-        f"no image was measured: {shown}, {count} of them by: {_encodable(error)}. What FAILED is "
-        "measured again by the same command with retry_failed=true"
+        f"no image was measured: {shown}, {by} by: {_encodable(error)}. What FAILED is measured "
+        "again by the same command with retry_failed=true"
     )
 
 

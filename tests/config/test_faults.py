@@ -114,6 +114,49 @@ def test_each_contradiction_is_named_with_its_cure(overrides, expected, faults):
     assert faults(*overrides) == [expected]
 
 
+def test_a_value_that_cannot_be_read_is_the_only_fault_of_its_key(faults):
+    given = [
+        "model.path=nowhere/模型",
+        "dataset=folder",
+        "dataset.path=unicode_path/画像",
+        "seed=x",
+    ]
+    lines = faults(given=given)
+    assert lines[:3] == [
+        "'model.path=nowhere/模型' cannot be read: give 'model.path=\"nowhere/模型\"'",
+        "'dataset.path=unicode_path/画像' cannot be read: give "
+        "'dataset.path=\"unicode_path/画像\"'",
+        "seed=x is not possible: it should be a valid integer",
+    ]
+    assert len(lines) == 4
+    assert lines[3].startswith("model.path=nowhere/模型 ")  # which is another fault, and true
+    # What nobody can guess is left out, and not missed; so are the keys of an unknown option.
+    assert faults("dataset.path=[a", given=["model.path=nowhere", "dataset=folder"])[:1] == [
+        "'dataset.path=[a' cannot be read: check its brackets, and put each text within them in "
+        "quotes"
+    ]
+    found = faults("dataset=foldr", "dataset.path=i", "dataset.recursive=1", given=["seed=x"])
+    assert [line.split()[0] for line in found] == ["dataset=foldr", "model.path", "seed=x"]
+
+
+def test_devices_that_are_not_here(faults, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    (line,) = faults("trainer=gpu")
+    assert line.startswith("trainer.accelerator=gpu: ")
+    assert line.endswith("; use trainer=cpu, or dry_run=true to plan")
+    assert faults("trainer.accelerator=tpu")[0].startswith(
+        "trainer.accelerator=tpu is not possible"
+    )
+    (line,) = faults("trainer=gpu", command=train.COMMAND, given=[])
+    assert line.startswith("trainer.accelerator=gpu: ")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert faults("trainer=gpu", "trainer.devices=3") == [
+        "trainer.devices=3 is more than the GPUs here; use trainer.devices=2"
+    ]
+
+
 def test_a_missing_value_is_asked_for(faults):
     assert faults(given=["dataset=folder"]) == [
         "model.path is missing; give model.path=VALUE",

@@ -10,6 +10,8 @@ from importlib.resources import files
 import pytest
 import tiny
 
+from invmm.exits import HELP
+
 COMMANDS = ["measure", "train", "threshold", "collect", "verify"]
 
 
@@ -52,6 +54,14 @@ def test_help_shows_five_examples_and_every_option_of_its_groups(module, tmp_pat
             if file.name.endswith(".yaml")
         )  # fmt: skip
         assert f"\n  {group:12} {' '.join(options)}\n" in shown
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_holds_the_exit_codes_and_may_be_cut_off(module, tmp_path):
+    command = f"{sys.executable} -m invmm.cli.{module} --help | head -n 1; echo ${{PIPESTATUS[0]}}"
+    result = tiny.invmm(["bash", "-c", command], cwd=tmp_path)
+    assert (result.stdout.splitlines()[-1], result.stderr) == ("0", "")
+    assert " ".join(HELP.split()) in " ".join(help_of(module, tmp_path).split())
 
 
 def test_version(tmp_path):

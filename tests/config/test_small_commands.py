@@ -52,6 +52,17 @@ def runs(tmp_path):
     return folders
 
 
+def test_collecting_names_no_folder(runs, monkeypatch, capsys):
+    file = runs[0] / "config.json"
+    monkeypatch.setattr(sys, "argv", ["invmm-collect", str(file)])
+    with pytest.raises(SystemExit) as end:
+        collect.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "invmm-collect: RUN_DIR names files only; give the folder of a run\n"
+    )
+
+
 def test_collecting_prints_the_table_and_joins_runs(runs, tmp_path, monkeypatch, capsys):
     joined = tmp_path / "joined.csv"
     beside = tmp_path / "multirun.yaml"

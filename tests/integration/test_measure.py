@@ -33,6 +33,22 @@ def test_a_run_writes_what_it_promises(finished):
     assert "Traceback" not in result.stderr
 
 
+def test_a_run_whose_images_all_fail_is_incomplete(model, tmp_path):
+    """Under the shell of a notebook whose backend is not installed here."""
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "images" / name).write_bytes(b"\x89PNG\r\n\x1a\nno image")
+    arguments = tiny.command(model, tmp_path / "images", tmp_path / "run")
+    shell = {"MPLBACKEND": "module://nowhere_to.be_found"}
+    result = tiny.invmm(arguments, env=shell)
+    assert result.returncode == 3, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if "no image was measured" in line]
+    assert line.startswith("no image was measured: 2 FAILED, all by: ImageError: ")
+    assert (tmp_path / "run" / "gallery.png").exists()
+    assert (tmp_path / "run" / "scores.csv").exists()
+    assert tiny.invmm(arguments, env=shell).returncode == 3  # as long as it is so
+
+
 def test_a_rerun_measures_nothing_again(finished, model, images):
     run_dir, _ = finished
     before = {path: path.stat().st_mtime_ns for path in run_dir.glob("records/*/*")}

@@ -327,6 +327,23 @@ def test_the_loss_is_written_down_and_falls(train, tmp_path):
     assert 0 < losses[-1] < 0.8, "an untrained network loses 1.0"
 
 
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_training_that_diverges_leaves_no_model(devices, train, tmp_path):
+    """Its checkpoints are finite too: going on from one ends in the same words."""
+    settings = {**TRAINING, "learning_rate": 1e30, "export_steps": [6], "checkpoint_every": 2}
+    for _ in range(2):
+        ended = train(tmp_path / "run", training=settings, devices=devices)
+        assert ended.code == 2, ended.output
+        assert "training.learning_rate=1e+30 made the weights non-finite by step " in ended.output
+        assert "Traceback" not in ended.output
+    assert not list((tmp_path / "run").glob("**/*.safetensors"))
+    assert not (tmp_path / "run" / "final").is_symlink()
+    for path in (tmp_path / "run" / "checkpoints").glob("*.ckpt"):
+        stored = torch.load(path, weights_only=True)
+        for weights in (stored["state_dict"], stored["current_model_state"]):
+            assert all(bool(value.isfinite().all()) for value in weights.values())
+
+
 def test_a_data_set_without_a_usable_image_is_refused(train, tmp_path):
     ended = train(tmp_path / "run", dataset=FewImages(copies=(("broken", 1),)))
     assert ended.code == 2

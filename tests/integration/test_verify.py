@@ -149,7 +149,7 @@ def test_another_image_is_not_taken_for_it(finished, model, images, verified, tm
     record = replicated(run_dir)
     Image.new("RGB", (8, 8), "red").save(copied / record["image_id"])
     code, output, found = verified(folder=run_dir)
-    assert code == 2
+    assert code == 4
     assert f"had the SHA-256 {record['sha256']} and has" in output
     assert found[record["image_id"]]["verdict"] == "UNVERIFIED"
     # A record that can be checked and does not hold weighs more than one that cannot be.
@@ -196,7 +196,7 @@ def test_a_searched_prompt_is_drawn_with_again(tmp_path, monkeypatch, verified):
     record = next(r for r in read_records(run) if r["status"] == "REPLICATED")
     tamper_arrays(run, record, lambda arrays: arrays.pop("prompt_embedding"))
     code, output, _ = verified(folder=run)
-    assert code == 2
+    assert code == 4
     assert "has no prompt_embedding" in output
 
 
@@ -210,7 +210,7 @@ def test_arrays_that_cannot_be_drawn_from(change, words, run, verified):
     record = replicated(run)
     tamper_arrays(run, record, change)
     code, output, images = verified(record["image_id"])
-    assert code == 2
+    assert code == 4
     assert words in output
     assert images[record["image_id"]]["verdict"] == "UNVERIFIED"
 
@@ -222,11 +222,11 @@ def test_missing_and_damaged_files(run, verified):
     assert "its arrays.safetensors is damaged" in verified()[1]
     (place / "arrays.safetensors").unlink()
     code, output, _ = verified()
-    assert code == 2
+    assert code == 4
     assert "its arrays.safetensors is missing" in output
     (place / "record.json").write_text("{")
     code, output, images = verified()
-    assert code == 2
+    assert code == 4
     assert "record.json cannot be read" in output
     assert images[record["folder"]]["verdict"] == "UNVERIFIED"
 
@@ -235,7 +235,7 @@ def test_a_guidance_scale_that_the_run_never_used(run, verified):
     record = replicated(run)
     tamper(run, record, columns={"guidance_scale": 7.0})
     code, output, _ = verified(record["image_id"])
-    assert code == 2
+    assert code == 4
     assert "guidance_scale=7.0 is none of the run's [1.0]" in output
 
 

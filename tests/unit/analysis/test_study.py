@@ -99,9 +99,11 @@ def test_a_changed_number_fails_the_study(tmp_path, capsys):
     assert "p is 1.75, not in [0.5, 1.5]" in capsys.readouterr().out
 
 
-def test_a_missing_run_names_the_command(tmp_path):
-    with pytest.raises(SystemExit, match="make study STUDY=mine"):
+def test_a_missing_run_names_the_command(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
         read_run(tmp_path / "mine" / "caption")
+    assert end.value.code == 3
+    assert "make study STUDY=mine" in capsys.readouterr().err
 
 
 def test_a_run_is_what_its_records_say(tmp_path):

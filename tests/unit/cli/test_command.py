@@ -23,7 +23,9 @@ def ran(tmp_path, monkeypatch):
     """Runs `invmm` in an empty folder with a stand-in for the work; (exit code, jobs)."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*overrides: str, work=lambda config: 0) -> tuple[int, list[SimpleNamespace]]:
+    def run(
+        *overrides: str, work=lambda config: 0, lacks=lambda config: []
+    ) -> tuple[int, list[SimpleNamespace]]:
         monkeypatch.setattr(sys, "argv", ["invmm"])
         jobs = []
 
@@ -42,6 +44,7 @@ def ran(tmp_path, monkeypatch):
             check=lambda config, faults: dict(config),
             dry_run=lambda recipes, config: f"seed {config['seed']}",
             execute=execute,
+            check_machine=lambda config, faults: faults.extend(lacks(config)),
         )
         return command.run([*GIVEN, *overrides]), jobs
 
@@ -129,6 +132,81 @@ def test_a_faulty_job_does_not_keep_the_others_from_running(ran, capsys):
 def test_missing_images_of_one_job_are_the_sweep_s_exit_code(ran):
     code, jobs = ran("--multirun", "seed=0,1,2", work=lambda config: 3 * (config["seed"] == 1))
     assert (code, len(jobs)) == (3, 3)
+
+
+@pytest.mark.parametrize(("codes", "expected"), [
+    ((0, 3, 0), 3), ((3, 2), 2), ((2, 3), 2), ((4, 0), 4), ((1, 4), 1), ((0, 0), 0),
+])  # fmt: skip
+def test_the_most_urgent_code_of_its_jobs_is_the_sweep_s(codes, expected, ran):
+    jobs = ",".join(map(str, range(len(codes))))
+    code, found = ran("-m", f"seed={jobs}", work=lambda config: codes[config["seed"]])
+    assert (code, len(found)) == (expected, len(codes))
+
+
+@pytest.mark.parametrize("flags", [(), ("--multirun",)])
+def test_an_option_wins_over_a_preset_in_what_runs_too(flags, ran):
+    """Hydra's own task, its folder and its digest agree with the check."""
+    given = ["experiment=duplication_cifar10", "replication=sscd", "sampler=euler", "out=o"]
+    _, (job,) = ran(*given, *flags)
+    checked = compose_job("measure", [*GIVEN, *given], [])
+    assert job.config == checked
+    assert job.config["replication"]["similarity"]["path"] is None
+    assert job.config["sampler"]["num_inference_steps"] == 50
+    assert job.folder == f"o/{digest_of(checked)}"
+    assert job.digest == digest_of(checked)
+
+
+def test_presets_and_options_are_swept_together(ran):
+    _, jobs = ran("-m", "experiment=demo,paper_cifar10", "sampler=ddim,euler",
+                  "sampler.num_inference_steps=7")  # fmt: skip
+    assert [(job.config["run_dir"], job.config["sampler"]["scheduler"]) for job in jobs] == [
+        ("results/demo", "ddim"), ("results/demo", "euler"), (None, "ddim"), (None, "euler"),
+    ]  # fmt: skip
+    assert {job.config["sampler"]["num_inference_steps"] for job in jobs} == {7}
+
+
+def no_gpu(config) -> list[str]:
+    return ["there is no GPU here"] if config["trainer"]["accelerator"] == "gpu" else []
+
+
+def test_the_machine_is_checked_where_the_job_runs(ran, capsys):
+    assert ran("trainer=gpu", "seed=x", lacks=no_gpu) == (2, [])
+    assert capsys.readouterr().err == "invmm: 1 fault\n  there is no GPU here\n"
+    assert ran("trainer=gpu", "--multirun", "seed=0,1", lacks=no_gpu) == (2, [])
+    assert ran("trainer=gpu", "dry_run=true", lacks=no_gpu) == (0, [])
+    assert ran("trainer=cpu", lacks=no_gpu)[0] == 0
+
+
+def test_a_launcher_submits_what_its_own_machine_cannot_run(ran, capsys, monkeypatch):
+    """On a login node nothing is refused; where the job runs, one line is."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    submitted = []
+    monkeypatch.setattr(
+        Command, "_run_hydra", lambda self, overrides, multirun: submitted.append(overrides) or 0
+    )
+    assert ran("-m", "hydra/launcher=slurm", "trainer=gpu", "shard=0/2,1/2", lacks=no_gpu)[0] == 0
+    assert len(submitted) == 1
+    assert ran("hydra/launcher=slurm", "trainer=gpu", lacks=no_gpu)[0] == 2  # no sweep, no launcher
+    capsys.readouterr()
+    executed = []
+    command = Command(
+        name="invmm", config_name="measure", groups=(), help="",
+        check=lambda config, faults: config, dry_run=lambda recipes, config: "",
+        execute=lambda *arguments: executed.append(arguments) or 0,
+        check_machine=lambda config, faults: faults.extend(no_gpu(config)),
+    )  # fmt: skip
+    job = compose_job("measure", [*GIVEN, "trainer=gpu"], [])
+    assert command.work(job, Path()) == 2
+    assert executed == []
+    assert capsys.readouterr().err == "invmm: there is no GPU here\n"
+
+
+@pytest.mark.parametrize("empty", ["seed=range(0,0)", "sampler=glob(zz*)"])
+def test_a_sweep_without_jobs_is_refused(empty, ran, capsys):
+    assert ran("--multirun", empty) == (2, [])
+    assert capsys.readouterr().err == (
+        f"invmm: 1 fault\n  {empty} names no value, so there is no job to run; name one or more\n"
+    )
 
 
 @pytest.mark.parametrize("signal_code", [130, 143])

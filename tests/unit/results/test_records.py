@@ -15,7 +15,13 @@ from safetensors.torch import load_file
 
 from invmm.engine.outcomes import Outcome, Status
 from invmm.results import records as module
-from invmm.results.records import damaged_records, read_curves, read_pictures, read_records
+from invmm.results.records import (
+    damaged_records,
+    read_curves,
+    read_pictures,
+    read_records,
+    why_nothing_is_measured,
+)
 from invmm.results.run_folder import RunFolder
 
 
@@ -67,6 +73,25 @@ def test_a_record_holds_all_that_was_found(folder):
     curves = read_curves(folder.path, record)
     assert set(curves) == {"loss", "similarity", "similarity_step"}
     assert curves["similarity"].tolist() == [0.1, 0.25]
+
+
+def test_a_run_of_failures_says_what_most_of_them_are(folder):
+    entries = [written.entry(name) for name in "abcd"]
+    assert why_nothing_is_measured(folder, []) is None
+    ends = [(Status.FAILED, "ImageError: no image"), (Status.DIVERGED, "a sample is not finite"),
+            (Status.FAILED, "ImageError: no image")]  # fmt: skip
+    for entry, (status, error) in zip(entries, ends, strict=False):
+        assert why_nothing_is_measured(folder, entries) is None  # some are missing
+        written.write(folder, entry, Outcome(status=status, error=error))
+    assert why_nothing_is_measured(folder, entries[:3]) == (
+        "no image was measured: 2 FAILED and 1 DIVERGED, 2 of them by: ImageError: no image. What "
+        "FAILED is measured again by the same command with retry_failed=true"
+    )
+    line = why_nothing_is_measured(folder, entries[1:2])
+    assert line is not None
+    assert "1 DIVERGED, all by: a sample is not finite" in line
+    written.write(folder, entries[3], written.outcome(Status.NOT_REPLICATED, similarity=0.1))
+    assert why_nothing_is_measured(folder, entries) is None
 
 
 def test_pictures_come_back_target_first(folder):
