@@ -219,7 +219,7 @@ def test_the_study_is_really_written_offline(study, offline):
 def test_a_faulty_logger_is_named(study):
     command = [sys.executable, str(PUBLISH), "study", "logger=wandb", "logger.mod=offline"]
     done = subprocess.run(command, cwd=study.parent.parent, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "logger.mod=offline is not a key; did you mean mode?" in done.stderr
 
 
