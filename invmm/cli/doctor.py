@@ -6,32 +6,36 @@ import argparse
 import sys
 from pathlib import Path
 
-from invmm.cli.command import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from invmm.cli.entry import run_command
+from invmm.exits import HELP, Exit
 
 DESCRIPTION = """
 Tries what invmm needs on this machine and prints what works, what does not, and what was skipped
 and why. Loads no model.
 """
-EPILOG = "Exit codes: 0 images can be measured here, 2 they cannot."
 
 
 def main() -> None:
     """Console script."""
-    parser = argparse.ArgumentParser("invmm-doctor", description=DESCRIPTION, epilog=EPILOG)
+    sys.exit(run_command("invmm-doctor", lambda: _examine(_parser().parse_args())))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("invmm-doctor", description=DESCRIPTION, epilog=HELP)
     parser.add_argument(
         "--out", type=Path, default=Path(), metavar="FOLDER", help="where runs are to be written"
     )
-    arguments = parser.parse_args()
+    return parser
+
+
+def _examine(arguments: argparse.Namespace) -> int:
     from invmm.runtime.doctor import can_measure, checks, table
 
-    try:
-        found = list(checks(arguments.out))
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+    found = list(checks(arguments.out))
     print(table(found))
     is_fit = can_measure(found)
     print("\nimages can be measured here" if is_fit else "\nimages cannot be measured here")
-    sys.exit(0 if is_fit else EXIT_USER_ERROR)
+    return Exit.DONE if is_fit else Exit.FAULTY
 
 
 if __name__ == "__main__":

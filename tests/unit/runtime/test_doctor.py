@@ -6,7 +6,9 @@ import sys
 import time
 from pathlib import Path
 
+import diffusers.utils.import_utils  # looks for packages once, on its import
 import pytest
+import pytorch_lightning
 import torch
 import torch.nn.functional as F
 
@@ -102,6 +104,7 @@ def test_the_exit_code_says_whether_images_can_be_measured(
 
 def test_a_whole_round_on_a_machine_without_anything_optional(monkeypatch, tmp_path):
     """No optional package, no hub, no GPU; what is essential is here."""
+    assert diffusers and pytorch_lightning  # which remember what they found before this test
     for modules, _ in doctor._EXTRAS.values():
         for module in modules:
             monkeypatch.setitem(sys.modules, module, None)
