@@ -21,6 +21,7 @@ from invmm.engine.batching import (
     num_rows,
     rows_like,
 )
+from invmm.engine.finiteness import Stage, are_finite, row_magnitudes
 from invmm.engine.outcomes import NonFiniteError
 from invmm.engine.protocols import Network, Similarity, TextNetwork
 from invmm.engine.requests import Denoise, Embed, Embedding, EncodePrompt, Minimise, Sample
@@ -95,8 +96,9 @@ class Answers:
         per_call = self.rows[rows_like(EncodePrompt)]
         with torch.set_grad_enabled(keep_graph), self.stopwatch.time("network", _shares(group)):
             conditions = conditions_in_calls(call, columns, per_call)
-        for slot in group:
+        for slot, condition in zip(group, conditions, strict=True):
             slot.tally.holds_graph |= keep_graph
+            slot.watch.see(Stage.PROMPT, *condition.values())
         return conditions
 
     def _denoise(self, group: Sequence[Slot]) -> list[Prediction]:
@@ -110,8 +112,9 @@ class Answers:
 
         with torch.set_grad_enabled(keep_graph), self.stopwatch.time("network", _shares(group)):
             outputs = in_calls(call, columns, self.rows[Denoise])
-        for slot, request in zip(group, requests, strict=True):
-            slot.tally.evaluated(len(request.latents), keep_graph=keep_graph)
+        for slot, output in zip(group, outputs, strict=True):
+            slot.tally.evaluated(len(output), keep_graph=keep_graph)
+            slot.watch.see(Stage.PREDICTION, output)
         schedule = self.network.schedule
         return [
             Prediction(output, request.latents, request.timesteps, schedule)
@@ -152,34 +155,54 @@ class Answers:
                 step = guided(predict, condition, negative, scales)
             else:
                 step = plain
-            return draw(
-                step,
+            largest = torch.zeros(len(noise), device=noise.device)
+
+            def watched(latents: Tensor, timesteps: Tensor) -> Tensor:
+                nonlocal largest
+                output = step(latents, timesteps)
+                largest = torch.maximum(largest, row_magnitudes(output))
+                return output
+
+            latents = draw(
+                watched,
                 noise,
                 sampler=sampler,
                 schedule=self.network.schedule,
                 seeds=seeds.tolist(),
             )
+            # A sampler that clips makes a picture of an infinite prediction.
+            broken = ~largest.isfinite().reshape(-1, 1, 1, 1)
+            return latents.masked_fill(broken, float("nan"))
 
         with torch.set_grad_enabled(keep_graph), self.stopwatch.time("sampler", _shares(group)):
             outputs = in_calls(call, columns, self.rows[Sample])
-            finite = [bool(torch.isfinite(output).all()) for output in outputs]
+            finite = are_finite(outputs)
         evaluations = sampler.evaluations_at(requests[0].guidance_scale)
         for slot, output in zip(group, outputs, strict=True):
             rows = len(output) * evaluations
             slot.tally.evaluated(rows, keep_graph=keep_graph, in_sampler=True)
         return [
-            output if is_finite else NonFiniteError("a sample is not finite")
+            output if is_finite else NonFiniteError(Stage.SAMPLE)
             for output, is_finite in zip(outputs, finite, strict=True)
         ]
 
-    def _embed(self, group: Sequence[Slot]) -> list[Embedding]:
+    def _embed(self, group: Sequence[Slot]) -> list[Embedding | NonFiniteError]:
         requests: list[Embed] = [slot.request for slot in group]  # pyright: ignore
         columns = [[request.latents] for request in requests]
         with torch.no_grad(), self.stopwatch.time("similarity", _shares(group)):
             pixels = in_calls(self.network.decode, columns, self.rows[Embed])
             columns = [[own] for own in pixels]
             vectors = in_calls(self.similarity.embed, columns, self.rows[Embed])
-        return [Embedding(*pair) for pair in zip(pixels, vectors, strict=True)]
+            # Pixels too: a similarity network may make a finite embedding of what is no picture.
+            finite = are_finite([*pixels, *vectors])
+        answers = []
+        rows = zip(pixels, vectors, finite[: len(group)], finite[len(group) :], strict=True)
+        for own, vector, is_picture, is_embedding in rows:
+            if is_picture and is_embedding:
+                answers.append(Embedding(own, vector))
+            else:
+                answers.append(NonFiniteError(Stage.SIMILARITY if is_picture else Stage.DECODER))
+        return answers
 
 
 def _shares(group: Sequence[Slot]) -> dict[Tally, float]:

@@ -22,6 +22,7 @@ import torch
 from invmm.engine.accounting import EngineSummary, Stopwatch
 from invmm.engine.answers import Answers
 from invmm.engine.batching import num_rows, rows_like, signature
+from invmm.engine.finiteness import Stage, Watch, outcome_is_finite
 from invmm.engine.memory import is_out_of_memory
 from invmm.engine.outcomes import NonFiniteError, Outcome, Status
 from invmm.engine.protocols import Network, Similarity
@@ -113,6 +114,7 @@ class Engine:
     def _start(self, slot: Slot) -> Slot:
         """Prepares the image; whatever is wrong with it ends this image only."""
         slot.tally.forget_graph()
+        slot.watch = Watch()
         try:
             with self.stopwatch.time("preparation", {slot.tally: 1}):
                 slot.coroutine = slot.job.start()
@@ -189,7 +191,7 @@ class Engine:
         self.summary.images += 1
         self.stopwatch.settle(wait=True)
         return replace(
-            slot.outcome,
+            _of_finite_numbers(slot.outcome, slot.watch),
             evaluations=slot.tally.evaluations(),
             seconds=slot.tally.spent(time.monotonic() - slot.started),
         )
@@ -199,6 +201,17 @@ def _ended_by(error: Exception) -> Outcome:
     if isinstance(error, NonFiniteError):
         return Outcome(status=Status.DIVERGED, error=str(error))
     return Outcome(status=Status.FAILED, error=" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def _of_finite_numbers(outcome: Outcome, watch: Watch) -> Outcome:
+    """The outcome, or DIVERGED if it rests on numbers that are not finite; names the stage."""
+    fault = watch.fault()
+    if fault is None and (outcome.error is not None or outcome_is_finite(outcome)):
+        return outcome
+    reason = str(fault or Stage.RESULT)
+    if outcome.status is Status.DIVERGED:
+        return replace(outcome, error=f"{outcome.error}: {reason}")
+    return Outcome(status=Status.DIVERGED, steps=outcome.steps, error=reason)
 
 
 def _leaked_state(seed: int) -> str | None:

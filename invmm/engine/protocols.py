@@ -13,6 +13,7 @@ from invmm.diffusion.guidance import Condition, repeated
 from invmm.diffusion.sampling import Sampler
 from invmm.diffusion.schedule import NoiseSchedule
 from invmm.engine.criterion import ReplicationCriterion
+from invmm.engine.finiteness import Stage, check_finite
 from invmm.engine.outcomes import CostRange, Outcome
 from invmm.engine.prompt import PromptTokens
 
@@ -40,7 +41,10 @@ class Network(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, H, W) latents -> (B, 3, H, W) pixels, clamped to [-1, 1]."""
+        """(B, C, H, W) latents -> (B, 3, H, W) pixels, clamped to [-1, 1].
+
+        What is not finite before the clamp must come out as NaN.
+        """
         ...
 
 
@@ -89,6 +93,18 @@ class Target:
     condition: Condition | None = None
     negative: Condition | None = None
     tokens: PromptTokens | None = None
+
+    def check_finite(self) -> None:
+        """Refuses to measure from what is no number.
+
+        Raises:
+            NonFiniteError: naming what was to make the numbers, and the cure.
+        """
+        fixed = self.tokens.fixed if self.tokens else None
+        check_finite([
+            (Stage.PROMPT, self.condition), (Stage.PROMPT, self.negative), (Stage.PROMPT, fixed),
+            (Stage.ENCODER, self.latents), (Stage.TARGET, self.embedding),
+        ])  # fmt: skip
 
     def rows(self, count: int) -> Condition | None:
         """The condition repeated for `count` rows."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from invmm.engine.accounting import Tally
 from invmm.engine.batching import num_rows, rows_like
+from invmm.engine.finiteness import Watch
 from invmm.engine.outcomes import Outcome
 from invmm.engine.requests import Denoise, Embed, EncodePrompt, Minimise, Request, Sample
 
@@ -41,6 +42,7 @@ class Slot:
         asked: the number of calls the engine had made when it asked.
         outcome: set when it has ended.
         tally: its cost.
+        watch: whether its answers were finite.
         started: seconds on the monotonic clock.
     """
 
@@ -51,6 +53,7 @@ class Slot:
     asked: int = 0
     outcome: Outcome | None = None
     tally: Tally = field(default_factory=Tally)
+    watch: Watch = field(default_factory=Watch)
     started: float = field(default_factory=time.monotonic)
 
 

@@ -101,7 +101,9 @@ class Trace:
 
     def diverged(self, error: Exception) -> Outcome:
         """The numbers stopped being finite."""
-        return self._outcome(Status.DIVERGED, error=f"{error} at step {self.steps + 1}", tensors={})
+        return self._outcome(
+            Status.DIVERGED, error=f"at step {self.steps + 1}: {error}", tensors={}
+        )
 
     def _outcome(self, status: Status, **results: Any) -> Outcome:
         samples = best = None

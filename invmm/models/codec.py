@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,6 +14,21 @@ Posterior = Literal["mode", "sample"]
 
 DIFFUSERS_SCALE = 0.18215
 """Stable Diffusion's, which diffusers gives every autoencoder whose config names no scale."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conventions:
+    """Which keys of an autoencoder's config the pipelines of a family look at.
+
+    Attributes:
+        shift: `shift_factor`, subtracted before latents are scaled.
+        statistics: `latents_mean` and `latents_std`, if both are there.
+        upcast: `force_upcast`: encode in float32, and decode in it where the weights are float16.
+    """
+
+    shift: bool = False
+    statistics: bool = False
+    upcast: bool = False
 
 
 class Codec:
@@ -25,21 +42,36 @@ class Codec:
         posterior: which latents of a KL autoencoder stand for an image (paper: the mode, for
             Stable Diffusion 3 a sample).
         scale: see `latent_scale`.
+        conventions: what its pipeline makes of its config.
     """
 
     def __init__(
-        self, autoencoder: Any, posterior: Posterior = "mode", scale: float | None = None
+        self,
+        autoencoder: Any,
+        posterior: Posterior = "mode",
+        scale: float | None = None,
+        conventions: Conventions = Conventions(),
     ) -> None:
         self.autoencoder = autoencoder
         self.posterior: Posterior = posterior
         config = autoencoder.config
-        self.scale = latent_scale(config, is_vq=hasattr(autoencoder, "quantize"), given=scale)
-        self.shift = config.get("shift_factor") or 0.0
+        self.scale: float | Tensor = latent_scale(
+            config, is_vq=hasattr(autoencoder, "quantize"), given=scale
+        )
+        self.shift: float | Tensor = 0.0
+        if conventions.shift:
+            self.shift = config.get("shift_factor") or 0.0
+        mean, deviation = config.get("latents_mean"), config.get("latents_std")
+        if conventions.statistics and mean is not None and deviation is not None:
+            self.shift = torch.tensor(mean).reshape(1, -1, 1, 1)
+            self.scale = self.scale / torch.tensor(deviation).reshape(1, -1, 1, 1)
+        self._upcasts = conventions.upcast and bool(config.get("force_upcast"))
         self.factor = pixels_per_latent(config)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) in the denoiser's units, float32."""
-        encoded = self.autoencoder.encode(pixels.to(self.autoencoder.dtype))
+        with self._precision(upcast=self._upcasts):
+            encoded = self.autoencoder.encode(pixels.to(self.autoencoder.dtype))
         if hasattr(encoded, "latents"):
             latents = encoded.latents
         elif self.posterior == "mode":
@@ -49,12 +81,42 @@ class Codec:
             means = encoded.latent_dist.mean
             noise = torch.stack([torch.randn(means.shape[1:], generator=g) for g in generators])
             latents = means + encoded.latent_dist.std * noise.to(means)
-        return (latents.float() - self.shift) * self.scale
+        scale, shift = self._affine(latents)
+        return (latents.float() - shift) * scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, 3, H, W) clamped to [-1, 1], float32."""
-        unscaled = (latents / self.scale + self.shift).to(self.autoencoder.dtype)
-        return self.autoencoder.decode(unscaled).sample.float().clamp(-1, 1)
+        """(B, C, h, w) -> (B, 3, H, W) clamped to [-1, 1], float32; NaN where not finite."""
+        scale, shift = self._affine(latents)
+        is_half = self.autoencoder.dtype == torch.float16  # diffusers keeps bfloat16 here
+        with self._precision(upcast=self._upcasts and is_half):
+            unscaled = (latents / scale + shift).to(self.autoencoder.dtype)
+            return clamped(self.autoencoder.decode(unscaled).sample.float())
+
+    def _affine(self, latents: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """Scale and shift where the latents are."""
+        scale, shift = (
+            value.to(latents.device) if isinstance(value, Tensor) else value
+            for value in (self.scale, self.shift)
+        )
+        return scale, shift
+
+    @contextmanager
+    def _precision(self, *, upcast: bool) -> Iterator[None]:
+        """Has the autoencoder in float32 for a call; its own precision comes back unchanged."""
+        own = self.autoencoder.dtype
+        if not upcast or own == torch.float32:
+            yield
+            return
+        self.autoencoder.to(torch.float32)
+        try:
+            yield
+        finally:
+            self.autoencoder.to(own)
+
+
+def clamped(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1]; what is not finite comes out as NaN, where a clamp makes 1 of infinity."""
+    return pixels.clamp(-1, 1).masked_fill(~pixels.isfinite(), float("nan"))
 
 
 def latent_scale(config: Mapping[str, Any], *, is_vq: bool, given: float | None = None) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from invmm.diffusion.guidance import Condition
 from invmm.diffusion.schedule import schedule_of
 from invmm.engine.prompt import PromptSearch, PromptTokens
-from invmm.models.codec import Codec, Posterior
+from invmm.models.codec import Codec, Conventions, Posterior
 from invmm.models.labels import class_label
 from invmm.models.parts import AUTOENCODERS, SCHEDULERS, Family
 from invmm.models.prompt_search import prompt_tokens
@@ -38,6 +38,7 @@ class LatentNetwork:
 
     family: ClassVar[Family]
     posterior: ClassVar[Posterior] = "mode"
+    conventions: ClassVar[Conventions] = Conventions()
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class LatentNetwork:
         self.device = device
         self.denoiser: Any = getattr(pipeline, self.family.denoiser)
         autoencoder = getattr(pipeline, self.family.autoencoder)
-        self.codec = Codec(autoencoder, posterior or self.posterior, latent_scale)
+        self.codec = Codec(autoencoder, posterior or self.posterior, latent_scale, self.conventions)
         self.schedule = schedule_of(pipeline)
         self.latent_shape = latent_shape(self.denoiser.config)
         self.image_size = self.latent_shape[1] * self.codec.factor

@@ -15,6 +15,7 @@ from invmm.diffusion.scheduler_config import TRAINED_KEYS, check_config
 from invmm.engine.requests import Condition
 from invmm.files import file_sha256
 from invmm.models.adapter import ModelInfo
+from invmm.models.codec import clamped
 from invmm.models.cost import CallCost, call_cost
 from invmm.models.execution import Execution
 from invmm.models.labels import class_label
@@ -191,7 +192,7 @@ class PixelNetwork:
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `Network`."""
-        return latents.clamp(-1, 1).expand(-1, 3, -1, -1)
+        return clamped(latents).expand(-1, 3, -1, -1)
 
 
 def _latent_shape(path: str, config: Mapping[str, Any]) -> tuple[int, int, int]:

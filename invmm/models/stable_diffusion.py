@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from invmm.diffusion.guidance import Condition
+from invmm.models.codec import Conventions
 from invmm.models.latent import LatentNetwork
 from invmm.models.parts import RECTIFIED_FLOWS, SCHEDULERS, Family
 from invmm.models.prompt_search import clip_output, with_columns
@@ -65,6 +66,7 @@ class StableDiffusion(LatentNetwork):
 class StableDiffusionXL(LatentNetwork):
     """Stable Diffusion XL: two text encoders, a pooled embedding and the size of the image."""
 
+    conventions = Conventions(statistics=True, upcast=True)
     family = Family(
         name="sdxl",
         pipelines=("StableDiffusionXLPipeline",),
@@ -146,6 +148,7 @@ class StableDiffusion3(LatentNetwork):
     """Stable Diffusion 3 and 3.5: a transformer trained on rectified flow, with or without T5."""
 
     posterior = "sample"
+    conventions = Conventions(shift=True)
     family = Family(
         name="sd3",
         pipelines=("StableDiffusion3Pipeline",),

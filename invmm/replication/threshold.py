@@ -68,13 +68,18 @@ def false_matches(
         allowed_rate: false-match rate that the proposed threshold may have.
 
     Raises:
-        ValueError: fewer than two images.
+        ValueError: fewer than two images, or embeddings that are not finite.
     """
     from scipy.stats import binomtest
 
     n = len(embeddings)
     if n < 2:
         raise ValueError(f"a threshold needs at least 2 images to compare, not {n}")
+    if broken := int((~embeddings.isfinite().all(1)).sum()):
+        raise ValueError(
+            f"the embeddings of {broken} of {n} images are not finite; look for damage in "
+            "replication.similarity"
+        )
     histogram = torch.zeros(_BINS + 1, dtype=torch.long)
     matched = torch.zeros(n, dtype=torch.bool)
     num_false = 0

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save
 
 from invmm.engine.engine import Engine
-from invmm.engine.outcomes import Outcome, Status
+from invmm.engine.finiteness import Stage, check_finite
+from invmm.engine.outcomes import NonFiniteError, Outcome, Status
 from invmm.engine.protocols import Setting, Target
 from invmm.engine.slots import Job
 from invmm.files import write_atomically
@@ -36,13 +37,16 @@ def draw_bank(
 
     Raises:
         ValueError: a block could not be drawn.
+        NonFiniteError: a sample is no number, so that no image can be compared with all of them.
     """
     files = [folder.bank_block(block) for block in range(bank.num_blocks)]
     files[0].parent.mkdir(exist_ok=True)
     while missing := [block for block, file in enumerate(files) if not file.exists()]:
         if not _draw_blocks(missing, files, bank, target, setting, engine, folder):
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-    return DrawnBank(bank, torch.cat([load_file(file)["embeddings"] for file in files]))
+    embeddings = torch.cat([load_file(file)["embeddings"] for file in files])
+    check_finite([(Stage.SIMILARITY, embeddings)])
+    return DrawnBank(bank, embeddings)
 
 
 def _draw_blocks(
@@ -72,6 +76,8 @@ def _draw_blocks(
     for job, outcome in engine.run(jobs()):
         claim, file = claims.pop(job.key)
         with claim:
+            if outcome.status is Status.DIVERGED:
+                raise NonFiniteError(outcome.error)
             if outcome.error is not None:
                 raise ValueError(f"{job.key} could not be drawn: {outcome.error}")
             write_atomically(file, save(dict(outcome.tensors)))

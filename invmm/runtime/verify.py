@@ -165,6 +165,7 @@ class Verifier:
                 condition=self._condition(entry, tensors),
                 negative=self.conditions.negative,
             )
+        target.check_finite()
         noise = saved_noise(tensors, self.network.device)
 
         async def judged() -> Outcome:

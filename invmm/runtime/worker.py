@@ -14,7 +14,8 @@ import torch
 
 from invmm.data.dataset import ImageDataset, ImageEntry, LoadedImage
 from invmm.engine.engine import Engine
-from invmm.engine.outcomes import Outcome
+from invmm.engine.finiteness import Stage, are_finite
+from invmm.engine.outcomes import NonFiniteError, Outcome, Status
 from invmm.engine.protocols import Setting, Similarity, Target
 from invmm.engine.requests import Denoise
 from invmm.engine.settings import EngineSettings
@@ -64,6 +65,7 @@ class Worker:
             schedule=self.network.schedule, sampler=run.sampler, criterion=run.replication
         )
         self.measurement = run.measurement
+        self._without_bank: NonFiniteError | None = None
         self._claims: dict[str, tuple[ImageEntry, Claim]] = {}
         self._loaded: dict[str, LoadedImage] = {}
 
@@ -105,8 +107,13 @@ class Worker:
                 )
             seed = image_generator(self.run.seed, "free samples").initial_seed()
             bank = recipe.bank(seed, shape, self.run.sampler)
-            drawn = draw_bank(bank, target, self.setting, engine, self.folder)
-            self.measurement = SharedBank(drawn, recipe)
+            try:
+                target.check_finite()
+                drawn = draw_bank(bank, target, self.setting, engine, self.folder)
+            except NonFiniteError as error:
+                self._without_bank = error
+            else:
+                self.measurement = SharedBank(drawn, recipe)
 
     def _settings(self) -> EngineSettings:
         """Row counts left open are measured by one process of the run, and kept."""
@@ -138,13 +145,15 @@ class Worker:
 
     def _start(self, entry: ImageEntry) -> Coroutine[Any, Any, Outcome]:
         loaded = self._loaded[entry.image_id] = self.dataset.load(entry)
+        if self._without_bank is not None:
+            raise self._without_bank
         rng = image_generator(self.run.seed, entry.image_id)
         return self.measurement(self._target(entry, loaded), self.setting, rng)
 
     def _target(self, entry: ImageEntry, loaded: LoadedImage) -> Target:
         pixels = loaded.pixels[None].to(self.network.device)
         with torch.no_grad():
-            return Target(
+            target = Target(
                 image_id=entry.image_id,
                 pixels=pixels[0],
                 latents=self.network.encode(pixels),
@@ -153,25 +162,45 @@ class Worker:
                 negative=self.conditions.negative,
                 tokens=self.conditions.tokens(entry),
             )
+        target.check_finite()
+        return target
 
     def _finish(self, image_id: str, outcome: Outcome) -> None:
         entry, claim = self._claims.pop(image_id)
         loaded = self._loaded.pop(image_id, None)
         with claim:
+            second_opinion = None
+            try:
+                second_opinion = self._second_opinion(loaded, outcome)
+            except NonFiniteError as error:
+                outcome = Outcome(
+                    status=Status.DIVERGED,
+                    steps=outcome.steps,
+                    error=str(error),
+                    evaluations=outcome.evaluations,
+                    seconds=outcome.seconds,
+                )
             write_record(
                 self.folder,
                 entry,
                 outcome,
                 loaded=loaded,
                 seed=self.run.seed,
-                second_opinion=self._second_opinion(loaded, outcome),
+                second_opinion=second_opinion,
             )
 
     def _second_opinion(self, loaded: LoadedImage | None, outcome: Outcome) -> float | None:
-        """Similarity of the closest sample by the control measure."""
+        """Similarity of the closest sample by the control measure.
+
+        Raises:
+            NonFiniteError: it gives no number.
+        """
         if self.second_opinion is None or loaded is None or outcome.samples is None:
             return None
         pair = torch.stack([loaded.pixels, outcome.samples[0]]).to(self.network.device)
         with torch.no_grad():
-            target, sample = self.second_opinion.embed(pair)
+            vectors = self.second_opinion.embed(pair)
+        if not all(are_finite([vectors])):
+            raise NonFiniteError(Stage.SECOND_OPINION)
+        target, sample = vectors
         return float(target @ sample)

@@ -10,6 +10,7 @@ from torch import Tensor
 from worlds import Direction, IdealNetwork, MicroNetwork, make_setting, make_target
 
 from invmm.engine.engine import Engine
+from invmm.engine.finiteness import Stage
 from invmm.engine.outcomes import Outcome, Status
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
@@ -218,7 +219,7 @@ def test_divergence_keeps_the_step_and_the_curves():
     )
     outcome = invert(inversion, network, make_setting(network), rows_denoise=4)
     assert outcome.status is Status.DIVERGED
-    assert outcome.error == "the loss is inf at step 8"
+    assert outcome.error == f"at step 8: the loss is inf: {Stage.PREDICTION}"
     assert outcome.steps == 7
     assert len(outcome.curves["loss"]) == 7
 
