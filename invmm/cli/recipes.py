@@ -195,9 +195,9 @@ def _check_between(config: Mapping[str, Any], faults: list[str]) -> None:
     if sampler is not None:
         _collect(lambda: sampler.check_steps(info.num_train_timesteps), faults)
         scales = list(sampler.guidance_scales)
-        if info.prompts == ("none",) and any(map(is_guided, scales)):
+        if (kind := _unguided(info)) and any(map(is_guided, scales)):
             faults.append(
-                f"sampler.guidance_scales={scales} has no meaning for an unconditional model; use "
+                f"sampler.guidance_scales={scales} has no meaning for {kind}; use "
                 "sampler.guidance_scales=[1]"
             )
         _collect(lambda: sampler.check_kind(info.prediction_type), faults)
@@ -205,6 +205,15 @@ def _check_between(config: Mapping[str, Any], faults: list[str]) -> None:
             _collect(lambda: _check_schedule(model.schedule(), sampler, measurement), faults)
     if isinstance(measurement, Replay) and not faults and not config.get("dry_run"):
         _collect(lambda: _check_source(measurement, model), faults)
+
+
+def _unguided(info: ModelInfo) -> str | None:
+    """What a model is that guidance has no meaning for."""
+    if info.prompts == ("none",):
+        return "an unconditional model"
+    if info.family == "pixel":
+        return "a pixel model with classes, none of which stands for no class"
+    return None
 
 
 @runtime_checkable

@@ -1,6 +1,6 @@
 """Whether what the networks answer is finite, and which of them was the first that was not.
 
-A clamp turns infinity into 1, a rounding to bytes turns NaN into a colour, and a comparison turns it
+A clamp turns infinity into 1, a rounding to bytes turns NaN into a colour, a comparison turns it
 into "no replica": so every answer is looked at before anything is made of it.
 """
 

@@ -34,7 +34,7 @@ class AutoModel:
         noise_schedule: diffusers scheduler keys, for pixel models; a bare network needs them.
         posterior: see `LatentPipeline`.
         latent_scale: see `LatentPipeline`.
-        image_size: see `LatentPipeline`.
+        image_size: see `LatentPipeline` and `PixelUNet`.
         vae_slicing: see `LatentPipeline`.
         vae_tiling: see `LatentPipeline`.
     """
@@ -82,10 +82,9 @@ class AutoModel:
                 vae_slicing=self.vae_slicing,
                 vae_tiling=self.vae_tiling,
             )
-        latent_options = ("lora", "posterior", "latent_scale", "image_size")
-        for option in (*latent_options, "vae_slicing", "vae_tiling"):
+        for option in ("lora", "posterior", "latent_scale", "vae_slicing", "vae_tiling"):
             self._refuse(option, name or "UNet2DModel")
-        return PixelUNet(**common, noise_schedule=self.noise_schedule)
+        return PixelUNet(**common, noise_schedule=self.noise_schedule, image_size=self.image_size)
 
     def describe(self) -> ModelInfo:
         """See `ModelRecipe`."""

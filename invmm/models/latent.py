@@ -16,6 +16,13 @@ from invmm.diffusion.guidance import Condition
 from invmm.diffusion.schedule import schedule_of
 from invmm.engine.prompt import PromptSearch, PromptTokens
 from invmm.models.codec import Codec, Conventions, Posterior
+from invmm.models.components import Parts
+from invmm.models.fitting import (
+    check_autoencoder,
+    check_channels,
+    check_tokenizers,
+    square_side,
+)
 from invmm.models.labels import class_label
 from invmm.models.parts import AUTOENCODERS, SCHEDULERS, Family
 from invmm.models.prompt_search import prompt_tokens
@@ -29,6 +36,10 @@ class LatentNetwork:
         device: where it runs.
         posterior: see `Codec`; None takes the family's.
         latent_scale: see `invmm.models.codec.latent_scale`.
+        image_size: side of its images; None takes what the denoiser was made for.
+
+    Raises:
+        ValueError: its parts do not fit together, or want what the family does not provide.
 
     Attributes:
         family: which pipelines, of which parts.
@@ -46,8 +57,10 @@ class LatentNetwork:
         device: torch.device,
         posterior: Posterior | None = None,
         latent_scale: float | None = None,
+        image_size: int | None = None,
     ) -> None:
         self.pipeline = pipeline
+        self.latent_shape = self.checked_shape(self.parts_of(pipeline), image_size)
         for name in self.family.parts:
             part = getattr(pipeline, name)
             if isinstance(part, torch.nn.Module):
@@ -57,8 +70,44 @@ class LatentNetwork:
         autoencoder = getattr(pipeline, self.family.autoencoder)
         self.codec = Codec(autoencoder, posterior or self.posterior, latent_scale, self.conventions)
         self.schedule = schedule_of(pipeline)
-        self.latent_shape = latent_shape(self.denoiser.config)
         self.image_size = self.latent_shape[1] * self.codec.factor
+
+    @classmethod
+    def parts_of(cls, pipeline: Any) -> Parts:
+        """The configs of a pipeline object; its scheduler is none of them."""
+        known = {name: own for name, own in cls.family.parts.items() if name != "scheduler"}
+        return Parts.in_memory(pipeline, known, cls.family.optional)
+
+    @classmethod
+    def checked_shape(cls, parts: Parts, image_size: int | None) -> tuple[int, int, int]:
+        """(C, H, W) of a latent of parts that fit together.
+
+        Args:
+            parts: of a pipeline on disk or in memory.
+            image_size: side of its images; None takes what the denoiser was made for.
+
+        Raises:
+            ValueError: naming the part, the key, the value and the cure.
+        """
+        denoiser, autoencoder = cls.family.denoiser, cls.family.autoencoder
+        check_autoencoder(
+            parts, autoencoder, shift=cls.conventions.shift, statistics=cls.conventions.statistics
+        )
+        parts.check_expected(denoiser)
+        channels = check_channels(parts, denoiser, autoencoder)
+        factor = 2 ** (parts.length(autoencoder, "block_out_channels") - 1)
+        side = square_side(parts, denoiser, image_size, factor)
+        check_tokenizers(parts)
+        cls.check_condition(parts)
+        return channels, side, side
+
+    @staticmethod
+    def check_condition(parts: Parts) -> None:
+        """Refuses parts that do not agree on the condition; nothing to say without one.
+
+        Raises:
+            ValueError: naming the part, the key, the value and the cure.
+        """
 
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Condition | None) -> Tensor:
         """See `Network`; a learned variance is left out."""
@@ -160,6 +209,11 @@ class Dit(LatentNetwork):
         settings=("id2label",),
     )
 
+    @staticmethod
+    def check_condition(parts: Parts) -> None:
+        """See `LatentNetwork`: the number of classes."""
+        parts.integer("transformer", "num_embeds_ada_norm")
+
     def condition(self, prompt: str | int | None) -> Condition:
         """One row of class labels.
 
@@ -183,21 +237,3 @@ class Dit(LatentNetwork):
     def blank_condition(config: Mapping[str, Any], rows: int, tokens: int) -> Condition:
         """See `LatentNetwork`."""
         return {"class_labels": torch.zeros(rows, dtype=torch.long)}
-
-
-def latent_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) from a denoiser's config.
-
-    Raises:
-        ValueError: it is not made for square latents.
-    """
-    size = config.get("sample_size")
-    if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
-        size = size[0]
-    channels = config.get("in_channels")
-    if type(size) is not int or size < 1 or type(channels) is not int:
-        raise ValueError(
-            f"the denoiser has sample_size={size} and in_channels={channels} in its config.json; "
-            "integers and a square are needed"
-        )
-    return channels, size, size

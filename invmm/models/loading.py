@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from invmm.models.known import known_architecture
-from invmm.models.parts import SCHEDULERS, pipeline_name, reason_against, weight_faults
+from invmm.models.parts import (
+    SCHEDULERS,
+    no_weights,
+    pipeline_name,
+    reason_against,
+    weight_faults,
+    weight_files,
+)
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 """Pipelines that hold a pixel U-Net."""
@@ -29,6 +36,10 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
 }
 """Their parts, and the classes whose config means a schedule of betas and a plain U-Net."""
 
+_OF_FILES = (
+    "models are folders as save_pretrained writes them; convert a single checkpoint by diffusers' "
+    "from_single_file(...).save_pretrained(FOLDER), or give a LoRA as model.lora"
+)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _MAX_JSON_BYTES = 1 << 20
 _WEIGHTS = ("diffusion_pytorch_model", "model")
@@ -56,21 +67,11 @@ class ModelFolder:
         Raises:
             ValueError: there are none.
         """
-        suffix = f".{variant}.safetensors" if variant else ".safetensors"
-        folder = self.path / self.unet
-        files = sorted(
-            file
-            for file in folder.glob(f"diffusion_pytorch_model*{suffix}")
-            if variant
-            or re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors", file.name)
-        )
+        named = re.compile(r"diffusion_pytorch_model\b.*")
+        found = weight_files(self.path, self.unet, variant)
+        files = [file for file in found if named.fullmatch(file.name)]
         if not files:
-            others = [file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt")]
-            pickles = f" ({', '.join(others)} is a pickle and is never loaded)" if others else ""
-            raise ValueError(
-                f"model.path={self.path} has no diffusion_pytorch_model{suffix} in "
-                f"{folder}{pickles}; save the model with safetensors"
-            )
+            raise no_weights(str(self.path), self.path / self.unet, self.unet or None, variant)
         return files
 
 
@@ -106,10 +107,13 @@ def open_folder(
             "network); give a folder written by save_pretrained"
         )
     unet_config = read_json(unet / "config.json")
-    if unet_config.get("_class_name") != "UNet2DModel":
+    if (own := unet_config.get("_class_name")) != "UNet2DModel":
+        part = "; a part of a pipeline is measured with the others: give the pipeline's folder"
         raise ValueError(
-            f"model.path={path} holds a {unet_config.get('_class_name')}; supported is UNet2DModel"
+            f"model.path={path} holds a {own}; supported is UNet2DModel{part if own else ''}"
         )
+    if unet == folder and scheduler_config is None:
+        _refuse_part_of_latent_pipeline(path, folder)
     return ModelFolder(
         path=folder,
         unet="" if unet == folder else "unet",
@@ -136,6 +140,8 @@ def fetched(path: str, *, revision: str | None, variant: str | None, weights: bo
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
+    if folder.exists():
+        raise ValueError(f"model.path={path} is a file, and {_OF_FILES}")
     if not weights and revision is None and known_architecture(path) is not None:
         return _described(path)
     return _download(path, revision, variant if weights else None, weights=weights)
@@ -184,6 +190,19 @@ def load_unet(folder: ModelFolder, *, variant: str | None, dtype: Any) -> Any:
             f"({faults}); export the model again"
         )
     return unet
+
+
+def _refuse_part_of_latent_pipeline(path: str, folder: Path) -> None:
+    """A U-Net on latents of three channels looks like one on pixels, but for where it lies."""
+    beside = folder.resolve().parent
+    if not (beside / "model_index.json").is_file():
+        return
+    name = read_json(beside / "model_index.json").get("_class_name")
+    if name not in PIPELINES:
+        raise ValueError(
+            f"model.path={path} is a part of the {name} in {beside} and draws its latents, not "
+            "pixels; give that folder"
+        )
 
 
 def check_components(source: str, index: Mapping[str, Any]) -> None:

@@ -63,8 +63,19 @@ class Family:
         Raises:
             ValueError: a part that the family does not have, or of another class.
         """
+        if index.get("requires_aesthetics_score"):
+            raise ValueError(
+                f"{source} has requires_aesthetics_score=true in model_index.json, as a "
+                "refiner has; give the base model"
+            )
+        zeros = index.get("force_zeros_for_empty_prompt", True)
+        if type(zeros) is not bool:
+            raise ValueError(
+                f"{source} has force_zeros_for_empty_prompt={zeros} in model_index.json; "
+                "use true or false"
+            )
         for name in index:
-            known = (*self.parts, *self.ignored, *self.settings)
+            known = (*self.parts, *self.ignored, *self.settings, "requires_aesthetics_score")
             if not name.startswith("_") and name not in known:
                 raise ValueError(
                     f"{source} names the component {name!r} in model_index.json; "
@@ -100,6 +111,12 @@ def pipeline_name(
         ValueError: another class, or one that a repository brings with it.
     """
     name = index.get("_class_name")
+    if isinstance(name, (list, dict)):
+        raise ValueError(
+            f"{source} has _class_name={name} in model_index.json, a community pipeline with code "
+            "of its own, which is never run; load it in Python, and save the pipeline of diffusers "
+            "that it is made from"
+        )
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"{source} holds a {name}; supported are {', '.join(known)}{also}")
     return name
@@ -195,6 +212,39 @@ def weight_faults(part: Any, info: Mapping[str, Any]) -> str:
     ]
     faults += [key for key, value in part.named_parameters() if value.is_meta][:3]
     return "; ".join(faults)
+
+
+_WEIGHT_FILE = re.compile(r"[^.]+?(?:\.([^.]+?))?(?:-\d+-of-\d+)?\.safetensors")
+
+
+def no_weights(path: str, folder: Path, part: str | None, variant: str | None) -> ValueError:
+    """Why a folder has no weights that can be loaded, and the cure.
+
+    Args:
+        path: of the model, as the user gave it.
+        folder: that should hold them.
+        part: of a pipeline; None for a bare network.
+        variant: that was asked for.
+    """
+    files = [file.name for file in sorted(folder.glob("*")) if file.is_file()]
+    found = {match.group(1) for name in files if (match := _WEIGHT_FILE.fullmatch(name))}
+    others = [name for name in files if Path(name).suffix in (".bin", ".pt", ".ckpt", ".msgpack")]
+    wanted = f" of variant {variant}" if variant else ""
+    if None in found:
+        cure = "give model.variant=null"
+    elif found:
+        cure = f"give model.variant={min(map(str, found))}"
+    elif others:
+        cure = f"{', '.join(others[:3])} is a pickle and is never loaded; save with safetensors"
+    elif not folder.is_dir():
+        cure = "the folder is missing; save the whole model by save_pretrained"
+    else:
+        cure = "save the model with safetensors"
+    if found:
+        has = [f"variant {one}" if one else "no variant" for one in sorted(found, key=str)]
+        cure = f"those there are of {', '.join(has)}; {cure}, all parts being of one variant"
+    named = f"the {part} of model.path={path}" if part else f"model.path={path}"
+    return ValueError(f"{named} has no safetensors files{wanted} in {folder}: {cure}")
 
 
 def weight_files(folder: Path, name: str, variant: str | None) -> list[Path]:

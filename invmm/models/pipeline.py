@@ -14,15 +14,18 @@ from invmm.diffusion.schedule import NoiseSchedule, readable
 from invmm.diffusion.scheduler_config import check_config
 from invmm.files import file_sha256
 from invmm.models.adapter import ModelInfo
-from invmm.models.codec import Posterior, latent_scale, pixels_per_latent
+from invmm.models.codec import Posterior, latent_scale
+from invmm.models.components import Parts
 from invmm.models.cost import CallCost, call_cost, peak_bytes, weight_bytes
 from invmm.models.execution import Execution
-from invmm.models.latent import Dit, LatentDiffusion, LatentNetwork, latent_shape
+from invmm.models.latent import Dit, LatentDiffusion, LatentNetwork
 from invmm.models.loading import fetched, read_json, scheduler_json
-from invmm.models.parts import load_part, part_class, pipeline_name, weight_files
+from invmm.models.lora import add_lora, check_lora
+from invmm.models.parts import load_part, no_weights, part_class, pipeline_name, weight_files
 from invmm.models.stable_diffusion import StableDiffusion, StableDiffusion3, StableDiffusionXL
 
 _CLIP_TOKENS = 77
+_RENAMED = {"Transformer2DModel", "DiTTransformer2DModel"}
 
 NETWORKS: tuple[type[LatentNetwork], ...] = (
     LatentDiffusion,
@@ -70,7 +73,7 @@ class LatentPipeline:
         """Reads JSON only; see `ModelRecipe`."""
         folder = self._folder(weights=False)
         family = folder.network.family
-        shape = self._latent_shape(folder)
+        shape, factor = self._latent_shape(folder), folder.pixels_per_latent
         num_train_timesteps, prediction_type = readable(
             f"model.path={self.path}", lambda: check_config(folder.scheduler())
         )
@@ -78,7 +81,7 @@ class LatentPipeline:
         return ModelInfo(
             family=family.name,
             latent_shape=shape,
-            image_size=shape[1] * folder.pixels_per_latent,
+            image_size=shape[1] * factor,
             num_train_timesteps=num_train_timesteps,
             prediction_type=prediction_type,
             weight_bytes=sum(file.stat().st_size for file in files) or None,
@@ -129,10 +132,10 @@ class LatentPipeline:
         settings = {name: folder.index[name] for name in family.settings if name in folder.index}
         pipeline = part_class(f"diffusers.{folder.pipeline}")(**{**absent, **settings, **parts})
         if self.lora is not None:
-            _add_lora(pipeline, self.lora)
-        network = folder.network(pipeline, device, self.posterior, self._latent_scale(folder))
-        network.latent_shape = self._latent_shape(folder)
-        network.image_size = network.latent_shape[1] * network.codec.factor
+            add_lora(pipeline, self.lora)
+        network = folder.network(
+            pipeline, device, self.posterior, self._latent_scale(folder), self.image_size
+        )
         if self.vae_slicing:
             network.codec.autoencoder.enable_slicing()
         if self.vae_tiling:
@@ -150,19 +153,9 @@ class LatentPipeline:
         """(C, H, W) of a latent.
 
         Raises:
-            ValueError: no latents stand for images of this size.
+            ValueError: the parts do not fit together, or cannot draw images of this size.
         """
-        channels, side, _ = latent_shape(folder.config(folder.network.family.denoiser))
-        if self.image_size is None:
-            return channels, side, side
-        side, rest = divmod(self.image_size, folder.pixels_per_latent)
-        if rest:
-            raise ValueError(
-                f"model.image_size={self.image_size} is no multiple of the "
-                f"{folder.pixels_per_latent} pixels that a latent stands for; use "
-                f"{max(side, 1) * folder.pixels_per_latent}"
-            )
-        return channels, side, side
+        return folder.network.checked_shape(folder.parts(self.path), self.image_size)
 
     def _latent_scale(self, folder: PipelineFolder) -> float:
         """From the JSON, before diffusers fills in what it lacks."""
@@ -175,14 +168,13 @@ class LatentPipeline:
             self.path, revision=self.revision, variant=self.variant, weights=weights
         )
         is_here = folder.path == Path(self.path).expanduser()
+        self._latent_shape(folder)
+        if self.lora is not None:
+            check_lora(self.lora)
         if weights or is_here:
             for name, files in self._weights(folder).items():
                 if not files:
-                    raise ValueError(
-                        f"model.path={self.path} has no safetensors files of its {name}"
-                        f"{f' in variant {self.variant}' if self.variant else ''}; save the "
-                        "model with safetensors"
-                    )
+                    raise no_weights(self.path, folder.path / name, name, self.variant)
         return folder
 
     def _weights(self, folder: PipelineFolder) -> dict[str, list[Path]]:
@@ -215,10 +207,37 @@ class PipelineFolder:
         """The config.json of a part."""
         return read_json(self.path / part / "config.json")
 
+    def parts(self, path: str) -> Parts:
+        """The configs of all parts but the scheduler.
+
+        Args:
+            path: as the user gave it.
+
+        Raises:
+            ValueError: a config is missing, no JSON, or of another class than the index says.
+        """
+        names = [name for name in self.classes if name != "scheduler"]
+        classes = {name: self.classes[name].rpartition(".")[2] for name in names}
+        configs = {}
+        for name in names:
+            is_tokenizer = name.startswith("tokenizer")
+            file = self.path / name / f"{'tokenizer_' * is_tokenizer}config.json"
+            if not is_tokenizer or file.is_file():
+                configs[name] = read_json(file)
+        for name, config in configs.items():
+            own = config.get("_class_name", classes[name])
+            if own != classes[name] and {own, classes[name]} != _RENAMED:
+                raise ValueError(
+                    f"the {name} of model.path={path} has _class_name={own} in its config.json, "
+                    f"and model_index.json says {classes[name]}; save the model again"
+                )
+        return Parts(source=f"model.path={path}", classes=classes, configs=configs)
+
     @property
     def pixels_per_latent(self) -> int:
         """Side of the square of pixels that one latent stands for."""
-        return pixels_per_latent(self.config(self.network.family.autoencoder))
+        parts = self.parts(str(self.path))
+        return 2 ** (parts.length(self.network.family.autoencoder, "block_out_channels") - 1)
 
     @property
     def num_tokens(self) -> int:
@@ -256,34 +275,3 @@ def open_pipeline(
     network = PIPELINES[name]
     classes = network.family.classes(f"model.path={path}", index)
     return PipelineFolder(path=folder, pipeline=name, network=network, index=index, classes=classes)
-
-
-def _add_lora(pipeline: Any, path: str) -> None:
-    """Loads LoRA weights, every one of which must find its place.
-
-    Raises:
-        ValueError: no safetensors file, or some of its weights belong to no layer.
-    """
-    from safetensors import safe_open
-
-    if not Path(path).is_file() or Path(path).suffix != ".safetensors":
-        raise ValueError(f"model.lora={path} is no safetensors file")
-    with safe_open(path, "pt") as file:
-        expected = len([key for key in file.keys() if not key.endswith(".alpha")])  # noqa: SIM118
-    before = _num_adapters(pipeline)
-    try:
-        pipeline.load_lora_weights(str(Path(path).parent), weight_name=Path(path).name)
-    except Exception as error:
-        raise ValueError(f"model.lora={path} cannot be loaded: {error}") from error
-    found = _num_adapters(pipeline) - before
-    if found != expected:
-        raise ValueError(
-            f"model.lora={path} has {expected} weights, of which {found} found a layer in this "
-            "model; it was made for another one"
-        )
-
-
-def _num_adapters(pipeline: Any) -> int:
-    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    names = [name for module in modules for name, _ in module.named_parameters()]
-    return sum(".lora_" in name for name in names)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from invmm.diffusion.schedule import NoiseSchedule, readable, schedule_of
@@ -16,8 +17,10 @@ from invmm.engine.requests import Condition
 from invmm.files import file_sha256
 from invmm.models.adapter import ModelInfo
 from invmm.models.codec import clamped
+from invmm.models.components import EXPECTED, Parts
 from invmm.models.cost import CallCost, call_cost
 from invmm.models.execution import Execution
+from invmm.models.fitting import square_side
 from invmm.models.labels import class_label
 from invmm.models.loading import (
     PIPELINES,
@@ -41,6 +44,7 @@ class PixelUNet:
         variant: of the weight files, for example fp16.
         revision: of a hub repository.
         dtype: of the weights; losses and the noise distribution stay in float32.
+        image_size: side of its images in pixels; null takes the network's sample_size.
 
     Raises:
         ValueError: a key of the noise schedule that means nothing.
@@ -51,6 +55,7 @@ class PixelUNet:
     variant: str | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    image_size: Annotated[int, Ge(8)] | None = None
 
     def __post_init__(self) -> None:
         if unknown := sorted({*(self.noise_schedule or ())} - {*TRAINED_KEYS}):
@@ -62,7 +67,7 @@ class PixelUNet:
     def describe(self) -> ModelInfo:
         """Reads JSON only; see `ModelRecipe`."""
         folder = self._folder(weights=False)
-        latent_shape = _latent_shape(self.path, folder.unet_config)
+        latent_shape = self._latent_shape(folder)
         num_train_timesteps, prediction_type = readable(
             self._source, lambda: check_config(self._trained(folder))
         )
@@ -87,12 +92,13 @@ class PixelUNet:
         """See `ModelRecipe`."""
         from diffusers import UNet2DModel
 
-        config = self._folder(weights=False).unet_config
+        folder = self._folder(weights=False)
+        config = folder.unet_config
         with torch.device("meta"):
             unet: Any = UNet2DModel.from_config(dict(config))
             unet.requires_grad_(False)
             execution.configure(unet)
-            latents = torch.empty(rows, *_latent_shape(self.path, config), requires_grad=True)
+            latents = torch.empty(rows, *self._latent_shape(folder), requires_grad=True)
             timesteps = torch.zeros(rows, dtype=torch.long)
             labels = timesteps if config.get("num_class_embeds") else None
             cost = call_cost(
@@ -105,9 +111,9 @@ class PixelUNet:
     def load(self, device: torch.device) -> PixelNetwork:
         """Loads, freezes and moves the network; see `ModelRecipe`."""
         folder = self._folder(weights=True)
-        _latent_shape(self.path, folder.unet_config)
+        self._latent_shape(folder)
         unet = load_unet(folder, variant=self.variant, dtype=getattr(torch, self.dtype))
-        return PixelNetwork(unet, self.schedule(), device)
+        return PixelNetwork(unet, self.schedule(), device, self.image_size)
 
     def fingerprint(self) -> dict[str, str]:
         """See `ModelRecipe`."""
@@ -119,6 +125,14 @@ class PixelUNet:
 
     def _folder(self, *, weights: bool) -> ModelFolder:
         return open_folder(self.path, revision=self.revision, variant=self.variant, weights=weights)
+
+    def _latent_shape(self, folder: ModelFolder) -> tuple[int, int, int]:
+        parts = Parts(
+            source=f"model.path={self.path}",
+            classes={"unet": "UNet2DModel"},
+            configs={"unet": folder.unet_config},
+        )
+        return _latent_shape(parts, self.image_size)
 
     def _trained(self, folder: ModelFolder) -> Mapping[str, Any]:
         """The keys of the trained noise schedule."""
@@ -143,10 +157,19 @@ class PixelNetwork:
         unet: a UNet2DModel with 1 or 3 channels.
         schedule: what it was trained with.
         device: where it runs.
+        image_size: side of its images; None takes the network's sample_size.
     """
 
-    def __init__(self, unet: Any, schedule: NoiseSchedule, device: torch.device) -> None:
-        self.latent_shape = _latent_shape("in memory", unet.config)
+    def __init__(
+        self,
+        unet: Any,
+        schedule: NoiseSchedule,
+        device: torch.device,
+        image_size: int | None = None,
+    ) -> None:
+        config = {"unet": dict(unet.config)}
+        parts = Parts(source=None, classes={"unet": "UNet2DModel"}, configs=config)
+        self.latent_shape = _latent_shape(parts, image_size)
         self.schedule = schedule
         self.device = device
         self.denoiser = unet.to(device).eval().requires_grad_(False)
@@ -195,27 +218,23 @@ class PixelNetwork:
         return clamped(latents).expand(-1, 3, -1, -1)
 
 
-def _latent_shape(path: str, config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) from a U-Net's config.
+def _latent_shape(parts: Parts, image_size: int | None) -> tuple[int, int, int]:
+    """(C, H, W) of the pixels that a U-Net draws.
 
     Raises:
-        ValueError: the network is not an unconditional one on square images.
+        ValueError: its config asks for more than pixels, timesteps and class labels.
     """
-    size, channels = config.get("sample_size"), config.get("in_channels", 3)
-    if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
-        size = size[0]
-    if type(size) is not int or size < 1:
+    for key in ("time_embedding_type", "class_embed_type"):
+        only, _ = EXPECTED["UNet2DModel"][key]
+        why = "supported are positional timesteps and plain class labels (num_class_embeds)"
+        parts.check("unet", key, only, why)
+    if parts.value("unet", "num_class_embeds") is not None:
+        parts.integer("unet", "num_class_embeds")
+    channels, outputs = (parts.value("unet", key) for key in ("in_channels", "out_channels"))
+    if channels not in (1, 3) or outputs not in (channels, 2 * channels):
         raise ValueError(
-            f"model {path} has sample_size={size} in its config.json; a square integer is needed"
+            f"the unet of {parts.named} maps {channels} to {outputs} channels; a pixel model has 1 "
+            "or 3 (a latent model needs its autoencoder: give the folder of the whole pipeline)"
         )
-    if channels not in (1, 3) or config.get("out_channels", 3) not in (channels, 2 * channels):
-        raise ValueError(
-            f"model {path} maps {channels} to {config.get('out_channels')} channels; a pixel model "
-            "has 1 or 3 (a latent model needs its autoencoder)"
-        )
-    if config.get("class_embed_type"):
-        raise ValueError(
-            f"model {path} has class_embed_type={config['class_embed_type']} in its config.json; "
-            "supported are plain class labels (num_class_embeds)"
-        )
-    return channels, size, size
+    side = square_side(parts, "unet", image_size, 1)
+    return channels, side, side

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from invmm.diffusion.guidance import Condition
 from invmm.models.codec import Conventions
+from invmm.models.components import DEFAULTS, Parts
+from invmm.models.fitting import check_text_width
 from invmm.models.latent import LatentNetwork
 from invmm.models.parts import RECTIFIED_FLOWS, SCHEDULERS, Family
 from invmm.models.prompt_search import clip_output, with_columns
@@ -38,6 +40,13 @@ class StableDiffusion(LatentNetwork):
         settings=("requires_safety_checker",),
     )
 
+    @staticmethod
+    def check_condition(parts: Parts) -> None:
+        """See `LatentNetwork`: the U-Net reads the prompt's embeddings and nothing else."""
+        why = "its pipeline gives nothing but the prompt's embeddings; give the model of a pipeline"
+        parts.check("unet", "addition_embed_type", None, why)
+        check_text_width(parts, "unet", ["text_encoder"])
+
     def condition(self, prompt: str | int | None) -> Condition:
         """The prompt's embeddings, as the pipeline makes them."""
         return _embeds(self.pipeline.encode_prompt(_text(prompt), self.device, 1, False)[0])
@@ -60,7 +69,7 @@ class StableDiffusion(LatentNetwork):
     @staticmethod
     def blank_condition(config: Mapping[str, Any], rows: int, tokens: int) -> Condition:
         """See `LatentNetwork`."""
-        return {"prompt_embeds": torch.zeros(rows, tokens, config["cross_attention_dim"])}
+        return {"prompt_embeds": torch.zeros(rows, tokens, _text_width(config))}
 
 
 class StableDiffusionXL(LatentNetwork):
@@ -86,6 +95,22 @@ class StableDiffusionXL(LatentNetwork):
         ignored=("feature_extractor", "image_encoder"),
         settings=("force_zeros_for_empty_prompt", "add_watermarker"),
     )
+
+    @staticmethod
+    def check_condition(parts: Parts) -> None:
+        """See `LatentNetwork`: the added embedding is of the second encoder and six sizes."""
+        key = "projection_class_embeddings_input_dim"
+        why = "a U-Net of SDXL is told the pooled prompt and the sizes of the image (text_time)"
+        if parts.value("unet", "addition_embed_type") != "text_time":
+            parts.refuse("unet", "addition_embed_type", f"{why}; give the U-Net of an SDXL model")
+        sizes = 6 * parts.integer("unet", "addition_time_embed_dim")
+        expected = sizes + parts.integer("text_encoder_2", "projection_dim")
+        if parts.integer("unet", key) != expected:
+            parts.refuse(
+                "unet", key, f"the prompt and six sizes take {expected}; a refiner is told an "
+                "aesthetic score instead: give the base model",
+            )  # fmt: skip
+        check_text_width(parts, "unet", ["text_encoder", "text_encoder_2"])
 
     def condition(self, prompt: str | int | None) -> Condition:
         """Embeddings of both encoders, the pooled one of the second, and the image's size."""
@@ -138,7 +163,7 @@ class StableDiffusionXL(LatentNetwork):
         sizes = 6 * config["addition_time_embed_dim"]
         pooled = config["projection_class_embeddings_input_dim"] - sizes
         return {
-            "prompt_embeds": torch.zeros(rows, tokens, config["cross_attention_dim"]),
+            "prompt_embeds": torch.zeros(rows, tokens, _text_width(config)),
             "pooled_embeds": torch.zeros(rows, pooled),
             "time_ids": torch.zeros(rows, 6),
         }
@@ -170,6 +195,25 @@ class StableDiffusion3(LatentNetwork):
         optional=("text_encoder_3", "tokenizer_3"),
         ignored=("feature_extractor", "image_encoder"),
     )
+
+    @staticmethod
+    def check_condition(parts: Parts) -> None:
+        """See `LatentNetwork`: both CLIPs side by side, padded to the width of T5."""
+        both = ("text_encoder", "text_encoder_2")
+        pooled = sum(parts.integer(name, "projection_dim") for name in both)
+        if parts.integer("transformer", "pooled_projection_dim") != pooled:
+            parts.refuse(
+                "transformer", "pooled_projection_dim",
+                f"its text encoders write {pooled}; give the text encoders of its training",
+            )  # fmt: skip
+        width = parts.integer("transformer", "joint_attention_dim")
+        needed = sum(parts.integer(name, "hidden_size") for name in both)
+        t5 = parts.integer("text_encoder_3", "d_model") if "text_encoder_3" in parts.configs else 0
+        if width < needed or t5 not in (0, width):
+            parts.refuse(
+                "transformer", "joint_attention_dim",
+                f"its text encoders write {t5 or needed}; give the text encoders of its training",
+            )  # fmt: skip
 
     def condition(self, prompt: str | int | None) -> Condition:
         """Embeddings of all encoders in a row, and the pooled ones of both CLIPs."""
@@ -215,6 +259,14 @@ class StableDiffusion3(LatentNetwork):
             "prompt_embeds": torch.zeros(rows, tokens + 256, config["joint_attention_dim"]),
             "pooled_embeds": torch.zeros(rows, config["pooled_projection_dim"]),
         }
+
+
+def _text_width(config: Mapping[str, Any]) -> int:
+    """Of the embeddings that a U-Net reads, which may be told for each of its blocks."""
+    width = config.get(
+        "cross_attention_dim", DEFAULTS["UNet2DConditionModel"]["cross_attention_dim"]
+    )
+    return width if isinstance(width, int) else width[0]
 
 
 def _embeds(prompt_embeds: Tensor) -> Condition:

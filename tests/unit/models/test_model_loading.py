@@ -102,9 +102,10 @@ LISTED = {
     "odd outputs": (put(UNET, out_channels=5), "maps 3 to 5 channels"),
     "class embeddings of a kind": (put(UNET, class_embed_type="timestep"),
                                    "class_embed_type=timestep"),
+    "widths as text": (put(UNET, block_out_channels="x"), "block_out_channels=x in its config"),
     "timesteps as text": (put(SCHEDULER, num_train_timesteps="1000"),
                           "num_train_timesteps='1000'"),
-    "pickle only": (pickle_only, r"\.bin is a pickle and is never loaded\); save the model with"),
+    "pickle only": (pickle_only, r"\.bin is a pickle and is never loaded; save with safe"),
 }  # fmt: skip
 """Faults that the JSON files and the list of files show, before any weight is read."""
 
@@ -113,7 +114,6 @@ LOADED = {
     "key too many": (add_key, r"unexpected conv_surprise\.weight"),
     "other shapes": (put(UNET, block_out_channels=[8, 32]), "cannot be loaded .*size mismatch"),
     "unknown block": (put(UNET, down_block_types=["Evil", "DownBlock2D"]), "cannot be loaded"),
-    "widths as text": (put(UNET, block_out_channels="x"), "cannot be loaded"),
     "weights cut short": (truncate, "cannot be loaded"),
     "weights empty": (write(WEIGHTS, b""), "cannot be loaded"),
     "unknown betas": (put(SCHEDULER, beta_schedule="steep"), "noise schedule of .* is unusable"),

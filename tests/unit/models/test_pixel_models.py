@@ -161,7 +161,7 @@ def test_a_variant_is_loaded_from_its_own_file(pipeline, tmp_path):
     recipe = PixelUNet(path=str(tmp_path / "half"), variant="fp16")
     assert list(recipe.fingerprint()) == ["unet/diffusion_pytorch_model.fp16.safetensors"]
     assert recipe.load(CPU).latent_shape == (3, 8, 8)
-    with pytest.raises(ValueError, match=r"has no diffusion_pytorch_model\.safetensors"):
+    with pytest.raises(ValueError, match=r"of variant fp16; give model\.variant=fp16"):
         PixelUNet(path=str(tmp_path / "half")).describe()
 
 

@@ -1,0 +1,170 @@
+"""Whether the parts of a pipeline fit together, and which latents they draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from invmm.models.components import Parts
+
+_MORE_INPUTS = {
+    1: "a depth map", 3: "a small image", 4: "an image", 5: "a mask and an image (inpainting)",
+}  # fmt: skip
+"""Further channels of U-Nets that edit pictures."""
+
+
+def square_side(parts: Parts, denoiser: str, given: int | None, pixels_per_latent: int) -> int:
+    """Side of the latents (or pixels) that a denoiser is to draw.
+
+    Args:
+        parts: of the pipeline.
+        denoiser: its name.
+        given: `model.image_size`, in pixels; None takes the denoiser's sample_size.
+        pixels_per_latent: of the autoencoder; 1 without one.
+
+    Raises:
+        ValueError: there is no square side, or the denoiser cannot draw it.
+    """
+    if given is None:
+        side = parts.value(denoiser, "sample_size")
+        if isinstance(side, (list, tuple)) and len(side) == 2 and side[0] == side[1]:
+            side = side[0]
+        if type(side) is not int or side < 1:
+            cure = (
+                "give model.image_size=... in pixels" if parts.source
+                else f"call pipeline.{denoiser}.register_to_config(sample_size=...)"
+            )  # fmt: skip
+            parts.refuse(denoiser, "sample_size", f"images must be square; {cure}")
+    else:
+        side, rest = divmod(given, pixels_per_latent)
+        if rest or not side:
+            raise ValueError(
+                f"model.image_size={given} is no multiple of the {pixels_per_latent} pixels that "
+                f"a latent stands for; use {max(side, 1) * pixels_per_latent}"
+            )
+    _check_side(parts, denoiser, side, pixels_per_latent)
+    return side
+
+
+def check_channels(parts: Parts, denoiser: str, autoencoder: str) -> int:
+    """Channels of a latent, on which denoiser and autoencoder agree.
+
+    Raises:
+        ValueError: they do not.
+    """
+    channels = parts.integer(denoiser, "in_channels")
+    key = "latent_channels"
+    if parts.is_a(autoencoder, "VQModel") and parts.value(autoencoder, "vq_embed_dim") is not None:
+        key = "vq_embed_dim"
+    if channels != (latent_channels := parts.integer(autoencoder, key)):
+        more = _MORE_INPUTS.get(channels - latent_channels)
+        parts.refuse(
+            denoiser, "in_channels",
+            f"it wants {more} beside the noisy latents; give a model that draws without" if more
+            else f"the {autoencoder} has {key}={latent_channels}; give the autoencoder that the "
+            "model was trained with",
+        )  # fmt: skip
+    outputs = parts.value(denoiser, "out_channels")
+    learned = (2 * channels,) if parts.is_a(denoiser, "DiTTransformer2DModel") else ()
+    nothing = (None,) if "Transformer" in parts.classes[denoiser] else ()
+    if outputs not in (channels, *learned, *nothing):
+        parts.refuse(
+            denoiser, "out_channels", f"its pipeline takes {channels}, as many as go in; give a "
+            "model without a learned variance",
+        )  # fmt: skip
+    return channels
+
+
+def check_autoencoder(parts: Parts, name: str, *, shift: bool, statistics: bool) -> None:
+    """Refuses an autoencoder whose latents have no usable scale.
+
+    Args:
+        parts: of the pipeline.
+        name: of the autoencoder.
+        shift: whether the pipeline looks at `shift_factor`.
+        statistics: whether it looks at `latents_mean` and `latents_std`.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    parts.check_expected(name)
+    parts.length(name, "block_out_channels")
+    if parts.is_a(name, "AutoencoderKL") and parts.number(name, "scaling_factor") <= 0:
+        parts.refuse(name, "scaling_factor", "it must be above 0; give that of its training")
+    if shift:
+        parts.number(name, "shift_factor")
+    values = {key: parts.value(name, key) for key in ("latents_mean", "latents_std")}
+    if not statistics or None in values.values():
+        return
+    count = parts.integer(name, "latent_channels")
+    for key, numbers in values.items():
+        if not _are_numbers(numbers, count) or (key == "latents_std" and min(numbers) <= 0):
+            parts.refuse(name, key, f"{count} finite numbers are needed, deviations above 0")
+
+
+def check_text_width(parts: Parts, denoiser: str, encoders: Sequence[str]) -> None:
+    """Refuses a U-Net that reads embeddings of another width than its text encoders write.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    width = sum(parts.integer(encoder, "hidden_size") for encoder in encoders)
+    read = parts.value(denoiser, "cross_attention_dim")
+    for one in read if isinstance(read, (list, tuple)) else [read]:
+        if one != width:
+            parts.refuse(
+                denoiser, "cross_attention_dim",
+                f"its text encoders write {width}; give the text encoders of its training",
+            )  # fmt: skip
+
+
+def check_tokenizers(parts: Parts) -> None:
+    """Refuses tokenizers that write more tokens than their CLIP text encoder has places for.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for name in parts.configs:
+        encoder = name.replace("tokenizer", "text_encoder")
+        if encoder == name or not parts.is_a(encoder, "CLIPTextModel"):
+            continue
+        places = parts.integer(encoder, "max_position_embeddings")
+        if parts.integer(name, "model_max_length") > places:
+            parts.refuse(
+                name, "model_max_length",
+                f"the {encoder} has {places} places; set it to {places} (tokenizer_config.json)",
+            )  # fmt: skip
+
+
+def _check_side(parts: Parts, denoiser: str, side: int, pixels_per_latent: int) -> None:
+    """Sizes that the denoiser's architecture cannot take."""
+    unit = 1
+    if parts.is_a(denoiser, "UNet2DModel"):
+        unit = 2 ** (parts.length(denoiser, "block_out_channels") - 1)
+        reason = f"its U-Net halves them {unit.bit_length() - 1} times"
+    elif "Transformer" in parts.classes[denoiser]:
+        unit = parts.integer(denoiser, "patch_size")
+        reason = f"its transformer has patches of {unit}x{unit}"
+    if side % unit:
+        pixels = unit * pixels_per_latent
+        raise ValueError(
+            f"the {denoiser} of {parts.named} cannot draw {side}x{side} latents, {reason}; use "
+            f"model.image_size={max(pixels, side * pixels_per_latent // pixels * pixels)}"
+        )
+    largest = parts.value(denoiser, "pos_embed_max_size")
+    if isinstance(largest, int) and side // unit > largest:
+        pixels = largest * unit * pixels_per_latent
+        parts.refuse(
+            denoiser, "pos_embed_max_size",
+            f"it has no places for {side // unit}x{side // unit} patches; use model.image_size="
+            f"{pixels} or less",
+        )  # fmt: skip
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, (list, tuple))
+        and len(values) == count
+        and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    )
