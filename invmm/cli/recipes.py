@@ -203,6 +203,8 @@ def _check_between(config: Mapping[str, Any], faults: list[str]) -> None:
         _collect(lambda: sampler.check_kind(info.prediction_type), faults)
         if not faults:  # building the schedule takes a second that a faulty config need not wait
             _collect(lambda: _check_schedule(model.schedule(), sampler, measurement), faults)
+    if isinstance(model, _CanBeTriedOut) and not faults and not config.get("dry_run"):
+        _collect(model.try_out, faults)  # a dry run does so for the cost
     if isinstance(measurement, Replay) and not faults and not config.get("dry_run"):
         _collect(lambda: _check_source(measurement, model), faults)
 
@@ -214,6 +216,13 @@ def _unguided(info: ModelInfo) -> str | None:
     if info.family == "pixel":
         return "a pixel model with classes, none of which stands for no class"
     return None
+
+
+@runtime_checkable
+class _CanBeTriedOut(Protocol):
+    """A model whose parts can be run on shapes alone."""
+
+    def try_out(self) -> None: ...
 
 
 @runtime_checkable

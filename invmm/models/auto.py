@@ -90,6 +90,12 @@ class AutoModel:
         """See `ModelRecipe`."""
         return self.recipe().describe()
 
+    def try_out(self) -> None:
+        """See `LatentPipeline` and `PixelUNet`."""
+        recipe = self.recipe()
+        assert isinstance(recipe, (LatentPipeline, PixelUNet))
+        recipe.try_out()
+
     def schedule(self) -> NoiseSchedule:
         """See `ModelRecipe`."""
         return self.recipe().schedule()

@@ -20,7 +20,8 @@ from invmm.models.loading import PIPELINES as PIXEL_PIPELINES
 from invmm.models.loading import check_components
 from invmm.models.parts import index_of
 from invmm.models.pipeline import PIPELINES as LATENT_PIPELINES
-from invmm.models.pixel import PixelNetwork
+from invmm.models.pixel import PixelNetwork, try_out_pixels
+from invmm.models.trial import try_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +99,36 @@ class BorrowedModel:
     def schedule(self) -> NoiseSchedule:
         """See `ModelRecipe`."""
         return schedule_of(self.pipeline)
+
+    def try_out(self) -> None:
+        """Runs parts of its configs on shapes alone.
+
+        Raises:
+            ValueError: they do not work together.
+        """
+        with self.as_it_was():
+            network: Any = self.load(self.device)
+        config = network.denoiser.config
+        if isinstance(network, PixelNetwork):
+            try_out_pixels("the pipeline", config, network.latent_shape)
+            return
+        family, tokenizer = network.family, getattr(self.pipeline, "tokenizer", None)
+        tokens = tokenizer.model_max_length if tokenizer else 0
+        condition = network.blank_condition(config, 1, tokens)
+        meta = {name: value.to("meta") for name, value in condition.items()}
+
+        def blank(name: str) -> Any:
+            part = getattr(self.pipeline, name)
+            part = getattr(part, "_orig_mod", part)
+            return type(part).from_config(part.config).eval()
+
+        try_out(
+            "the pipeline",
+            lambda: (blank(family.denoiser), blank(family.autoencoder)),
+            lambda denoiser, latents, steps: network.evaluate(denoiser, latents, steps, meta),
+            network.latent_shape,
+            network.codec.factor,
+        )
 
     def call_cost(self, rows: int, execution: Execution) -> CallCost:
         """See `ModelRecipe`; runs a real call."""

@@ -71,7 +71,7 @@ def weight_bytes(network: nn.Module) -> int:
     return sum(value.untyped_storage().nbytes() for value in values.values())
 
 
-def peak_bytes(network: nn.Module, call: Callable[[], Tensor]) -> int:
+def peak_bytes(network: nn.Module, call: Callable[[], object]) -> int:
     """Most that a call without gradients holds at a time, beside the weights.
 
     Args:

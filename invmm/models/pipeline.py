@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt
+from torch import Tensor
 
 from invmm.diffusion.schedule import NoiseSchedule, readable
 from invmm.diffusion.scheduler_config import check_config
@@ -23,6 +24,7 @@ from invmm.models.loading import fetched, read_json, scheduler_json
 from invmm.models.lora import add_lora, check_lora
 from invmm.models.parts import load_part, no_weights, part_class, pipeline_name, weight_files
 from invmm.models.stable_diffusion import StableDiffusion, StableDiffusion3, StableDiffusionXL
+from invmm.models.trial import as_a_fault, check_shape, try_out
 
 _CLIP_TOKENS = 77
 _RENAMED = {"Transformer2DModel", "DiTTransformer2DModel"}
@@ -94,15 +96,35 @@ class LatentPipeline:
         config = self._folder(weights=False).scheduler()
         return readable(f"model.path={self.path}", lambda: NoiseSchedule.from_config(config))
 
+    def try_out(self) -> None:
+        """Runs its parts on shapes alone.
+
+        Raises:
+            ValueError: they do not work together.
+        """
+        folder = self._folder(weights=False)
+        family, network = folder.network.family, folder.network
+        condition = network.blank_condition(folder.config(family.denoiser), 1, folder.num_tokens)
+        meta = {name: value.to("meta") for name, value in condition.items()}
+        try_out(
+            f"model.path={self.path}",
+            lambda: (folder.blank(family.denoiser), folder.blank(family.autoencoder)),
+            lambda denoiser, latents, steps: network.evaluate(denoiser, latents, steps, meta),
+            self._latent_shape(folder),
+            folder.pixels_per_latent,
+        )
+
     def call_cost(self, rows: int, execution: Execution) -> CallCost:
         """See `ModelRecipe`."""
-        folder = self._folder(weights=False)
+        folder, named = self._folder(weights=False), f"model.path={self.path}"
         family = folder.network.family
         shape, config = self._latent_shape(folder), folder.config(family.denoiser)
-        parts = {name: folder.blank(name) for name in self._weights(folder)}
+        with as_a_fault(named):
+            parts = {name: folder.blank(name) for name in self._weights(folder)}
         denoiser, autoencoder = parts[family.denoiser], parts[family.autoencoder]
         execution.configure(denoiser)
-        with torch.device("meta"):
+        pixels: list[Tensor] = []
+        with as_a_fault(named), torch.device("meta"):
             latents = torch.empty(rows, *shape, requires_grad=True)
             timesteps = torch.zeros(rows, dtype=torch.long)
             condition = folder.network.blank_condition(config, rows, folder.num_tokens)
@@ -115,8 +137,12 @@ class LatentPipeline:
             cost = replace(
                 cost,
                 weight_bytes=sum(map(weight_bytes, parts.values())),
-                decode_bytes=peak_bytes(autoencoder, lambda: autoencoder.decode(one).sample),
+                decode_bytes=peak_bytes(
+                    autoencoder, lambda: pixels.append(autoencoder.decode(one).sample)
+                ),
             )
+        side = shape[1] * folder.pixels_per_latent
+        check_shape(named, "autoencoder's decoder", pixels[0], (1, 3, side, side))
         return execution.cost(cost) if self.dtype == "float32" else cost.in_half_precision()
 
     def load(self, device: torch.device) -> LatentNetwork:

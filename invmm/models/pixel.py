@@ -30,6 +30,7 @@ from invmm.models.loading import (
     open_folder,
 )
 from invmm.models.parts import index_of
+from invmm.models.trial import as_a_fault, try_out
 
 _LUMINANCE = (0.299, 0.587, 0.114)
 
@@ -88,17 +89,27 @@ class PixelUNet:
         trained = self._trained(self._folder(weights=False))
         return readable(self._source, lambda: NoiseSchedule.from_config(trained))
 
+    def try_out(self) -> None:
+        """Runs the network on shapes alone.
+
+        Raises:
+            ValueError: its config describes none that works.
+        """
+        folder = self._folder(weights=False)
+        try_out_pixels(f"model.path={self.path}", folder.unet_config, self._latent_shape(folder))
+
     def call_cost(self, rows: int, execution: Execution) -> CallCost:
         """See `ModelRecipe`."""
         from diffusers import UNet2DModel
 
-        folder = self._folder(weights=False)
-        config = folder.unet_config
-        with torch.device("meta"):
+        folder, named = self._folder(weights=False), f"model.path={self.path}"
+        config, shape = folder.unet_config, self._latent_shape(folder)
+        with as_a_fault(named), torch.device("meta"):
             unet: Any = UNet2DModel.from_config(dict(config))
-            unet.requires_grad_(False)
-            execution.configure(unet)
-            latents = torch.empty(rows, *self._latent_shape(folder), requires_grad=True)
+        unet.requires_grad_(False)
+        execution.configure(unet)
+        with as_a_fault(named), torch.device("meta"):
+            latents = torch.empty(rows, *shape, requires_grad=True)
             timesteps = torch.zeros(rows, dtype=torch.long)
             labels = timesteps if config.get("num_class_embeds") else None
             cost = call_cost(
@@ -216,6 +227,25 @@ class PixelNetwork:
     def decode(self, latents: Tensor) -> Tensor:
         """See `Network`."""
         return clamped(latents).expand(-1, 3, -1, -1)
+
+
+def try_out_pixels(named: str, config: Mapping[str, Any], shape: tuple[int, int, int]) -> None:
+    """Runs a U-Net of this config on shapes alone; see `try_out`.
+
+    Raises:
+        ValueError: there is no such U-Net.
+    """
+    from diffusers import UNet2DModel
+
+    def build() -> tuple[Any, None]:
+        unet: Any = UNet2DModel.from_config(dict(config))
+        return unet.eval(), None
+
+    def denoise(unet: Any, latents: Tensor, timesteps: Tensor) -> Tensor:
+        labels = timesteps if config.get("num_class_embeds") else None
+        return unet(latents, timesteps, labels).sample
+
+    try_out(named, build, denoise, shape)
 
 
 def _latent_shape(parts: Parts, image_size: int | None) -> tuple[int, int, int]:

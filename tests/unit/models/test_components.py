@@ -1,0 +1,255 @@
+"""Component configs of other people's models: each key is honoured, or refused with a cure.
+
+The same faults are tried in folders, where JSON alone is read, and in pipelines in memory.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+import pipelines
+import pytest
+import torch
+import transformers
+
+from invmm.models.auto import AutoModel
+from invmm.models.borrowed import BorrowedModel
+from invmm.models.components import DEFAULTS, EXPECTED
+
+FAMILIES = ("ldm vq", "ldm kl", "dit", "sd1 epsilon", "sdxl", "sd3", "sd3 t5 24 pixels")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Family -> its folder."""
+    root = tmp_path_factory.mktemp("families")
+    for family in FAMILIES:
+        pipelines.seeded(pipelines.MAKERS[family]).save_pretrained(root / family)
+    return {family: root / family for family in FAMILIES}
+
+
+REFUSED = [
+    ("sd1 epsilon", "unet", {"time_cond_proj_dim": 32}, "distilled"),
+    ("sd1 epsilon", "unet", {"num_class_embeds": 10}, "gives no class labels"),
+    ("sdxl", "unet", {"class_embed_type": "timestep"}, "gives no class labels"),
+    ("sdxl", "unet", {"encoder_hid_dim_type": "ip_image_proj"}, "unload_ip_adapter"),
+    ("sd1 epsilon", "unet", {"encoder_hid_dim": 16}, "other embeddings"),
+    ("sd1 epsilon", "unet", {"addition_embed_type": "text"}, "nothing but the prompt's embeddings"),
+    ("sdxl", "unet", {"addition_embed_type": None}, r"\(text_time\)"),
+    ("sdxl", "unet", {"projection_class_embeddings_input_dim": 56}, "a refiner"),
+    ("sdxl", "unet", {"attention_type": "gated"}, "grounded"),
+    ("sd1 epsilon", "unet", {"time_embedding_type": "fourier"}, "positional"),
+    ("sd1 epsilon", "unet", {"num_attention_heads": 2}, "attention_head_dim"),
+    ("sd1 epsilon", "unet", {"in_channels": 9}, "a mask and an image"),
+    ("sd1 epsilon", "unet", {"in_channels": 8}, "wants an image beside"),
+    ("sd1 epsilon", "unet", {"out_channels": 8}, "learned variance"),
+    ("sd1 epsilon", "unet", {"cross_attention_dim": 32}, "text encoders write 16"),
+    ("sd1 epsilon", "unet", {"cross_attention_dim": [16, 32]}, "text encoders write 16"),
+    ("sdxl", "unet", {"cross_attention_dim": 16}, "text encoders write 32"),
+    ("sd1 epsilon", "unet", {"sample_size": None}, "images must be square; "),
+    ("sd1 epsilon", "unet", {"sample_size": [8, 16]}, "images must be square; "),
+    ("sd1 epsilon", "vae", {"latent_channels": 16}, "the vae has latent_channels=16"),
+    ("sd1 epsilon", "vae", {"in_channels": 4}, "RGB pictures"),
+    ("sd1 epsilon", "vae", {"scaling_factor": None}, "a finite number is needed"),
+    ("sd1 epsilon", "vae", {"scaling_factor": 0.0}, "above 0"),
+    ("sdxl", "vae", {"latents_mean": [0.0], "latents_std": [1.0]}, "4 finite numbers"),
+    ("sdxl", "vae", {"latents_mean": [0.0] * 4, "latents_std": [0.0] * 4}, "deviations above 0"),
+    ("ldm vq", "unet", {"num_class_embeds": 10}, "gives no class labels"),
+    ("ldm vq", "unet", {"sample_size": 7}, "halves them 1 times; use model.image_size=12"),
+    ("ldm vq", "vqvae", {"lookup_from_codebook": True}, "decodes tokens"),
+    ("ldm vq", "vqvae", {"vq_embed_dim": 4}, "the vqvae has vq_embed_dim=4"),
+    ("dit", "transformer", {"num_embeds_ada_norm": 0}, "an integer of 1 or more"),
+    ("dit", "transformer", {"sample_size": 7}, "patches of 2x2; use model.image_size=12"),
+    ("dit", "transformer", {"out_channels": 5}, "as many as go in"),
+    ("sd3", "transformer", {"pos_embed_max_size": 3}, "4x4 patches; use model.image_size=12 or"),
+    ("sd3", "transformer", {"pooled_projection_dim": 16}, "text encoders write 32"),
+    ("sd3", "transformer", {"joint_attention_dim": 16}, "text encoders write 32"),
+    ("sd3 t5 24 pixels", "transformer", {"joint_attention_dim": 64}, "text encoders write 32"),
+    ("sd3", "vae", {"shift_factor": None}, "a finite number is needed"),
+]
+
+
+def changed(folder: Path, file: str, target: Path, values: dict) -> AutoModel:
+    """A copy of a folder with other values in one of its JSON files."""
+    copy = Path(shutil.copytree(folder, target))
+    content = json.loads((copy / file).read_text())
+    (copy / file).write_text(json.dumps({**content, **values}))
+    return AutoModel(path=str(copy))
+
+
+@pytest.mark.parametrize(("family", "part", "values", "why"), REFUSED)
+def test_a_key_is_refused_by_name_before_weights_are_read(
+    family, part, values, why, saved, tmp_path
+):
+    recipe = changed(saved[family], f"{part}/config.json", tmp_path / "copy", values)
+    with pytest.raises(ValueError, match=why) as refusal:
+        recipe.describe()
+    assert "\n" not in str(refusal.value)
+    said = str(refusal.value)
+    assert f" of model.path={recipe.path} " in said
+    assert "cannot draw 7x7" in said or any(f"{key}=" in said for key in values)
+
+
+IN_MEMORY = [case for case in REFUSED if case[0] in ("sdxl", "ldm vq", "sd3")]
+
+
+@pytest.mark.parametrize(("family", "part", "values", "why"), IN_MEMORY)
+def test_a_pipeline_in_memory_is_refused_alike(family, part, values, why):
+    pipeline = pipelines.seeded(pipelines.MAKERS[family])
+    getattr(pipeline, part).register_to_config(**values)
+    with pytest.raises(ValueError, match=why):
+        BorrowedModel(pipeline).describe()
+
+
+def test_parts_of_another_class_in_memory_are_refused():
+    pipeline = pipelines.seeded(pipelines.MAKERS["sd1 epsilon"])
+    pipeline.vae = diffusers.AutoencoderTiny()
+    with pytest.raises(ValueError, match="vae of the pipeline is a AutoencoderTiny; supported are"):
+        BorrowedModel(pipeline).describe()
+    pipeline.vae = None
+    with pytest.raises(ValueError, match="vae of the pipeline is a NoneType"):
+        BorrowedModel(pipeline).describe()
+
+
+@pytest.mark.parametrize("family", ["ldm kl", "sd1 epsilon"])
+@pytest.mark.parametrize("size", [None, [8, 12]])
+def test_an_image_size_helps_a_denoiser_without_a_square_one(family, size, saved, tmp_path):
+    recipe = changed(saved[family], "unet/config.json", tmp_path / "m", {"sample_size": size})
+    with pytest.raises(ValueError, match=r"model\.image_size="):
+        recipe.describe()
+    sized = AutoModel(path=recipe.path, image_size=16)
+    assert sized.describe().latent_shape[1:] == (8, 8)
+    assert sized.load(torch.device("cpu")).latent_shape[1:] == (8, 8)
+    sized.try_out()
+
+
+def test_widths_for_each_block_are_one_if_they_are_equal(saved, tmp_path):
+    values = {"cross_attention_dim": [16, 16]}
+    recipe = changed(saved["sd1 epsilon"], "unet/config.json", tmp_path / "m", values)
+    assert recipe.describe().latent_shape == (4, 8, 8)
+    recipe.try_out()
+
+
+INDEX = [
+    ({"_class_name": ["my_module", "MyPipeline"]}, "a community pipeline"),
+    ({"requires_aesthetics_score": True}, "give the base model"),
+    ({"force_zeros_for_empty_prompt": "false"}, "use true or false"),
+]
+
+
+@pytest.mark.parametrize(("values", "why"), INDEX)
+def test_an_index_is_refused(values, why, saved, tmp_path):
+    recipe = changed(saved["sdxl"], "model_index.json", tmp_path / "m", values)
+    with pytest.raises(ValueError, match=why):
+        recipe.describe()
+
+
+def test_a_config_of_another_class_than_the_index_says_is_refused(saved, tmp_path):
+    values = {"_class_name": "AutoencoderTiny"}
+    recipe = changed(saved["sdxl"], "vae/config.json", tmp_path / "m", values)
+    with pytest.raises(ValueError, match=r"has _class_name=AutoencoderTiny .*says AutoencoderKL"):
+        recipe.describe()
+
+
+def test_more_tokens_than_places_are_refused(saved, tmp_path):
+    values = {"model_max_length": 10**30}
+    file = "tokenizer/tokenizer_config.json"
+    recipe = changed(saved["sdxl"], file, tmp_path / "m", values)
+    with pytest.raises(ValueError, match=r"tokenizer of .* has model_max_length=.*set it to 77"):
+        recipe.describe()
+
+
+BUILT = [
+    ("sd1 epsilon", "unet", {"down_block_types": ["Evil", "DownBlock2D"]}),
+    ("sd1 epsilon", "unet", {"norm_num_groups": 5}),
+    ("sdxl", "vae", {"sample_size": None}),
+    ("sd1 epsilon", "vae", {"act_fn": "steep"}),
+    ("sd3", "transformer", {"caption_projection_dim": 8}),
+    ("ldm kl", "unet", {"layers_per_block": "two"}),
+]
+
+
+@pytest.mark.parametrize(("family", "part", "values"), BUILT)
+def test_what_cannot_be_built_or_called_is_refused_on_shapes_alone(
+    family, part, values, saved, tmp_path
+):
+    from invmm.models.execution import Execution
+
+    recipe = changed(saved[family], f"{part}/config.json", tmp_path / "m", values)
+    for action in (recipe.try_out, lambda: recipe.call_cost(1, Execution())):
+        with pytest.raises(ValueError, match=r"model\.path=.*") as refusal:
+            action()
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_works_can_be_tried_out(family, saved):
+    AutoModel(path=str(saved[family])).try_out()
+    BorrowedModel(pipelines.seeded(pipelines.MAKERS[family])).try_out()
+
+
+def test_a_part_of_a_latent_pipeline_is_no_pixel_model(saved):
+    recipe = AutoModel(path=str(saved["ldm vq"] / "unet"), noise_schedule={"beta_start": 1e-4})
+    with pytest.raises(ValueError, match=r"a part of the LDMPipeline in .* give that folder"):
+        recipe.describe()
+    recipe = AutoModel(path=str(saved["sd1 epsilon"] / "unet"))
+    with pytest.raises(ValueError, match=r"holds a UNet2DConditionModel.*the pipeline's folder"):
+        recipe.describe()
+
+
+# The libraries -------------------------------------------------------------------------------
+
+HONOURED = {
+    "UNet2DModel": """sample_size in_channels out_channels center_input_sample time_embedding_dim
+        freq_shift flip_sin_to_cos down_block_types mid_block_type up_block_types block_out_channels
+        layers_per_block mid_block_scale_factor downsample_padding downsample_type upsample_type
+        dropout act_fn attention_head_dim norm_num_groups attn_norm_num_groups norm_eps
+        resnet_time_scale_shift add_attention num_train_timesteps""",
+    "UNet2DConditionModel": """sample_size in_channels out_channels center_input_sample
+        flip_sin_to_cos freq_shift down_block_types mid_block_type up_block_types
+        only_cross_attention block_out_channels layers_per_block downsample_padding
+        mid_block_scale_factor dropout act_fn norm_num_groups norm_eps cross_attention_dim
+        transformer_layers_per_block reverse_transformer_layers_per_block attention_head_dim
+        dual_cross_attention use_linear_projection addition_embed_type addition_time_embed_dim
+        upcast_attention resnet_time_scale_shift resnet_skip_time_act resnet_out_scale_factor
+        time_embedding_dim time_embedding_act_fn timestep_post_act conv_in_kernel conv_out_kernel
+        projection_class_embeddings_input_dim class_embeddings_concat
+        mid_block_only_cross_attention cross_attention_norm addition_embed_type_num_heads""",
+    "DiTTransformer2DModel": """num_attention_heads attention_head_dim in_channels out_channels
+        num_layers dropout norm_num_groups attention_bias sample_size patch_size activation_fn
+        num_embeds_ada_norm upcast_attention norm_elementwise_affine norm_eps""",
+    "SD3Transformer2DModel": """sample_size patch_size in_channels num_layers attention_head_dim
+        num_attention_heads joint_attention_dim caption_projection_dim pooled_projection_dim
+        out_channels pos_embed_max_size dual_attention_layers qk_norm""",
+    "AutoencoderKL": """down_block_types up_block_types block_out_channels layers_per_block act_fn
+        latent_channels norm_num_groups sample_size scaling_factor shift_factor latents_mean
+        latents_std force_upcast use_quant_conv use_post_quant_conv mid_block_add_attention""",
+    "VQModel": """down_block_types up_block_types block_out_channels layers_per_block act_fn
+        latent_channels sample_size num_vq_embeddings norm_num_groups vq_embed_dim scaling_factor
+        norm_type mid_block_add_attention force_upcast""",
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_key_of_the_installed_class_is_honoured_or_refused(name):
+    """A release of diffusers with a new key must be looked at."""
+    keys = list(inspect.signature(getattr(diffusers, name).__init__).parameters)[1:]
+    honoured = HONOURED[name].split()
+    assert sorted([*honoured, *EXPECTED[name]]) == sorted(keys)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_keys_that_are_left_out_mean_what_the_library_takes(name):
+    if name.startswith(("CLIP", "T5")):
+        own = getattr(transformers, name).config_class()
+        found = {key: getattr(own, key) for key in DEFAULTS[name]}
+    else:
+        signature = inspect.signature(getattr(diffusers, name).__init__).parameters
+        found = {key: signature[key].default for key in DEFAULTS[name]}
+        only = {key: signature[key].default for key in EXPECTED[name]}
+        assert only == {key: value for key, (value, _) in EXPECTED[name].items()}
+    assert found == DEFAULTS[name]
