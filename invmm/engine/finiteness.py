@@ -55,18 +55,26 @@ class Watch:
         self._largest: dict[Stage, Tensor] = {}
 
     def see(self, stage: Stage, *answers: Tensor) -> None:
-        """Takes note of an answer."""
+        """Takes note of an answer; one that follows on a broken one of another stage is no cause."""
         for answer in answers:
             largest = magnitude(answer)
-            before = self._largest.get(stage)
-            self._largest[stage] = largest if before is None else torch.maximum(before, largest)
+            for before in self._largest.values():
+                if before is not self._largest.get(stage):
+                    largest = torch.where(before.isfinite(), largest, 0.0)
+            own = self._largest.get(stage)
+            self._largest[stage] = largest if own is None else torch.maximum(own, largest)
 
     def fault(self) -> Stage | None:
-        """The first stage, in the order of `Stage`, with a number that was not finite."""
-        stages = [stage for stage in Stage if stage in self._largest]
-        finite = are_finite([self._largest[stage] for stage in stages])
-        return next((stage for stage, is_finite in zip(stages, finite, strict=True)
-                     if not is_finite), None)  # fmt: skip
+        """The first stage with a number that was not finite."""
+        finite = are_finite(list(self._largest.values()))
+        return next(
+            (
+                stage
+                for stage, is_finite in zip(self._largest, finite, strict=True)
+                if not is_finite
+            ),
+            None,
+        )
 
 
 def magnitude(values: Tensor) -> Tensor:

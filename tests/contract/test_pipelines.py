@@ -307,13 +307,24 @@ def test_lora_weights_are_loaded_whole_or_refused(kind, tmp_path):
     assert not any(parameter.requires_grad for parameter in tuned.denoiser.parameters())
 
     weights = load_file(file)
-    for fault, changed in {
-        "prefix": {key.replace("transformer.", "other.").replace("unet.", "other."): value
-                   for key, value in weights.items()},
-        "part": {**weights, **{key.replace("to_q", "to_nothing"): value.clone()
-                               for key, value in weights.items() if "to_q" in key}},
-    }.items():  # fmt: skip
+    part = "transformer" if kind == "sd3" else "unet"
+    for fault, changed, cause in (
+        ("prefix", {key.replace(f"{part}.", "other."): value for key, value in weights.items()},
+         r"keys begin with other, and the parts of this model are .*; rename the keys"),
+        ("part", {**weights, **{key.replace("to_q", "to_nothing"): value.clone()
+                                for key, value in weights.items() if "to_q" in key}},
+         r"it has no .*to_nothing"),
+    ):  # fmt: skip
         wrong = tmp_path / f"{fault}.safetensors"
         save_file(changed, wrong)
-        with pytest.raises(ValueError, match=r"model\.lora"):
+        with pytest.raises(ValueError, match=rf"model\.lora=.*{cause}"):
             LatentPipeline(path=recipe.path, lora=str(wrong)).load(CPU)
+    (tmp_path / "damaged.safetensors").write_bytes(b"{")
+    for path, cause in {
+        tmp_path: "is a folder", tmp_path / "nowhere.safetensors": "does not exist",
+        tmp_path / "model" / "model_index.json": "a pickle is never loaded",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=rf"model\.lora=.* {cause}"):
+            LatentPipeline(path=recipe.path, lora=str(path)).describe()
+    with pytest.raises(ValueError, match=r"model\.lora=.* is damaged"):
+        LatentPipeline(path=recipe.path, lora=str(tmp_path / "damaged.safetensors")).load(CPU)

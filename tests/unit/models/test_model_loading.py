@@ -239,3 +239,54 @@ def test_a_hub_id_is_described_from_json_and_loaded_from_safetensors(whole, monk
         "tokenizer/merges.txt",
         "unet/diffusion_pytorch_model.fp16.safetensors",
     ]
+
+
+# Refusals that name the real cause --------------------------------------------------------------
+
+
+def renamed(folder: Path, name: str) -> PixelUNet:
+    (folder / WEIGHTS).rename(folder / "unet" / name)
+    return PixelUNet(path=str(folder))
+
+
+@pytest.mark.parametrize("asked", [None, "fp16", "bf16"])
+def test_another_variant_than_the_folder_has_is_named(asked, folder):
+    recipe = replace(renamed(folder, "diffusion_pytorch_model.fp16.safetensors"), variant=asked)
+    if asked == "fp16":
+        assert recipe.load(CPU).latent_shape == (3, 8, 8)
+        return
+    for action in (recipe.describe, lambda: recipe.load(CPU)):
+        with pytest.raises(ValueError, match=r"of variant fp16; give model\.variant=fp16"):
+            action()
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_shards_of_a_variant_are_its_weights(variant, whole, tmp_path):
+    from diffusers import UNet2DModel
+
+    unet = UNet2DModel.from_pretrained(whole / "unet")
+    shutil.copytree(whole, tmp_path / "model")
+    (tmp_path / "model" / WEIGHTS).unlink()
+    unet.save_pretrained(tmp_path / "model" / "unet", variant=variant, max_shard_size="40KB")
+    recipe = PixelUNet(path=str(tmp_path / "model"), variant=variant)
+    files = list(recipe.fingerprint())
+    assert len(files) > 1
+    assert all(("fp16-0000" in file) == (variant == "fp16") for file in files)
+    own, expected = recipe.load(CPU).denoiser.state_dict(), unet.state_dict()
+    assert all(torch.equal(own[name], expected[name]) for name in expected)
+
+
+def test_a_file_is_no_folder_and_is_not_looked_for_on_the_hub(folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    with pytest.raises(ValueError, match=r"is a file, and models are folders .*from_single_file"):
+        PixelUNet(path=str(folder / WEIGHTS)).describe()
+
+
+def test_a_size_helps_a_network_without_a_square_one(folder):
+    put(UNET, sample_size=[8, 16])(folder)
+    with pytest.raises(ValueError, match=r"give model\.image_size="):
+        PixelUNet(path=str(folder)).describe()
+    recipe = PixelUNet(path=str(folder), image_size=16)
+    assert recipe.describe().latent_shape == recipe.load(CPU).latent_shape == (3, 16, 16)
+    with pytest.raises(ValueError, match=r"halves them 1 times; use model\.image_size=10"):
+        PixelUNet(path=str(folder), image_size=11).describe()
