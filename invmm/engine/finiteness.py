@@ -55,7 +55,7 @@ class Watch:
         self._largest: dict[Stage, Tensor] = {}
 
     def see(self, stage: Stage, *answers: Tensor) -> None:
-        """Takes note of an answer; one that follows on a broken one of another stage is no cause."""
+        """Takes note of an answer; what follows on a broken one of another stage is no cause."""
         for answer in answers:
             largest = magnitude(answer)
             for before in self._largest.values():

@@ -265,6 +265,33 @@ def test_guidance_of_an_unconditional_model(faults):
     assert "has no meaning for an unconditional model; use sampler.guidance_scales=[1]" in line
 
 
+def test_guidance_of_a_pixel_model_with_classes(faults, tmp_path, images):
+    """Its labels are a condition, but none of them stands for no label."""
+    folder = tiny.save_model(tmp_path / "ddpm")
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_class_embeds": 10}))
+    given = [f"model.path={folder}", "dataset=folder", f"dataset.path={images}"]
+    for dry_run in ("true", "false"):
+        (line,) = faults(
+            "prompt=class_label", "prompt.label=3", "sampler.guidance_scales=[1,3]",
+            f"dry_run={dry_run}", given=given,
+        )  # fmt: skip
+        assert "has no meaning for a pixel model with classes" in line
+        assert line.endswith("use sampler.guidance_scales=[1]")
+
+
+def test_parts_that_do_not_work_together_are_one_fault(tmp_path, images, capsys):
+    folder = tiny.save_model(tmp_path / "ddpm")
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "norm_num_groups": 3}))
+    given = [f"model.path={folder}", "dataset=folder", f"dataset.path={images}"]
+    for dry_run in ("true", "false"):
+        assert measure.COMMAND.run([*given, f"dry_run={dry_run}"]) == 2
+        said = capsys.readouterr().err
+        assert f"the parts of model.path={folder} do not work together" in said
+        assert "Traceback" not in said
+
+
 def test_a_prompt_that_does_not_suit_the_model(faults, saved_pipeline, images, capsys):
     def given(family):
         return [f"model.path={saved_pipeline(family)}", "dataset=folder", f"dataset.path={images}"]
