@@ -3,7 +3,7 @@
 diffusers builds whatever a config.json describes, and its pipelines ignore keys they do not know.
 Here every key that would change how a part has to be called is either what the family expects or
 refused by name. The same checks serve folders, from raw JSON, and pipelines in memory; `docs/
-components.md` lists the keys.
+models.md` lists the keys.
 """
 
 from __future__ import annotations

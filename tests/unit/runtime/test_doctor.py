@@ -104,7 +104,8 @@ def test_the_exit_code_says_whether_images_can_be_measured(
 
 def test_a_whole_round_on_a_machine_without_anything_optional(monkeypatch, tmp_path):
     """No optional package, no hub, no GPU; what is essential is here."""
-    assert diffusers and pytorch_lightning  # which remember what they found before this test
+    for module in (diffusers, pytorch_lightning):
+        assert module.__file__, "it was to be imported before this test hides packages from it"
     for modules, _ in doctor._EXTRAS.values():
         for module in modules:
             monkeypatch.setitem(sys.modules, module, None)
