@@ -16,6 +16,7 @@ import pipelines
 import pytest
 import tiny
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 from worlds import Direction
 
@@ -27,6 +28,7 @@ from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
 from invmm.models.auto import AutoModel
 from invmm.models.execution import Execution
+from invmm.models.pipeline import LatentPipeline
 
 GPUS = torch.cuda.device_count()
 pytestmark = [
@@ -172,8 +174,6 @@ def test_two_gpus_agree_with_one(finished, folders, images, tmp_path):
 
 def test_out_of_memory_halves_the_rows_and_changes_no_answer(tmp_path):
     """The real thing: the allocator refuses, and its blocks are free again for smaller calls."""
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-
     unet = UNet2DModel(
         sample_size=64, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
         down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
@@ -213,6 +213,58 @@ def test_out_of_memory_halves_the_rows_and_changes_no_answer(tmp_path):
         assert found[key].error is None
         error = relative_error(found[key].tensors["gradient"], outcome.tensors["gradient"])
         assert error < 1e-2
+
+
+@pytest.mark.parametrize(("path", "rows", "autocast"), [
+    ("google/ddpm-cifar10-32", 32, None), ("CompVis/stable-diffusion-v1-4", 8, None),
+    ("CompVis/stable-diffusion-v1-4", 8, "float16"),
+])  # fmt: skip
+def test_a_published_model_needs_the_memory_that_a_dry_run_plans(path, rows, autocast):
+    """The real architecture with random weights: a call with gradients, and its speed."""
+    execution = Execution(autocast=autocast)
+    recipe = AutoModel(path=path).recipe()
+    planned = recipe.call_cost(rows, execution)
+    with torch.device("meta"):
+        if isinstance(recipe, LatentPipeline):
+            folder = recipe._folder(weights=False)
+            unet = folder.blank(folder.network.family.denoiser)
+            blank = folder.network.blank_condition(dict(unet.config), rows, folder.num_tokens)
+        else:
+            unet = UNet2DModel.from_config(dict(recipe._folder(weights=False).unet_config))
+            blank = {}
+    unet = unet.to_empty(device=DEVICE).eval().requires_grad_(False)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.01)
+    condition = {name: torch.zeros(value.shape, device=DEVICE) for name, value in blank.items()}
+    channels, side = unet.config.in_channels, unet.config.sample_size
+    timesteps = torch.full((rows,), 500, device=DEVICE)
+
+    def call() -> None:
+        latents = torch.randn(rows, channels, side, side, device=DEVICE, requires_grad=True)
+        dtype = getattr(torch, autocast or "float32")
+        with torch.autocast("cuda", dtype=dtype, enabled=autocast is not None):
+            output = unet(latents, timesteps, *condition.values()).sample
+        output.float().square().mean().backward()
+        assert latents.grad is not None
+        assert latents.grad.isfinite().all()
+
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    for _ in range(5):
+        call()
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - started) / 5
+    held = torch.cuda.max_memory_allocated() - before
+    print(
+        f"{path}, {rows} rows, autocast {autocast}: {held / 2**30:.2f} GiB held, "
+        f"{planned.activation_bytes / 2**30:.2f} GiB planned; {seconds:.3f} s, "
+        f"{2 * planned.flop / seconds / 1e12:.1f} TFLOP/s"
+    )
+    assert 0.7 <= held / planned.activation_bytes <= 1.1
 
 
 def test_a_call_of_many_rows_pays(folders):
