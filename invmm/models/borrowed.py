@@ -139,8 +139,10 @@ class BorrowedModel:
             timesteps = torch.zeros(rows, dtype=torch.long, device=self.device)
             blank = {"none": None, "class_label": 0}.get(self.describe().prompts[0], "")
             condition = repeated(network.condition(blank), rows)
-            return execution.cost(
-                call_cost(network.denoiser, lambda: network.predict(latents, timesteps, condition))
+            return call_cost(
+                network.denoiser,
+                lambda: network.predict(latents, timesteps, condition),
+                autocast=execution.autocast,
             )
 
     def load(self, device: torch.device) -> LoadedNetwork:

@@ -7,7 +7,7 @@ them on; see the table of `make bench` in the README for what each gains on a CP
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from invmm.diffusion.guidance import Condition
 from invmm.engine.prompt import PromptSearch, PromptTokens
 from invmm.engine.protocols import Network, TextNetwork
-from invmm.models.cost import CallCost
 
 _ATTENTION = {
     "math": SDPBackend.MATH,
@@ -110,12 +109,6 @@ class Execution:
                     f"execution.gradient_checkpointing=true is not possible: "
                     f"{type(denoiser).__name__} does not support it"
                 ) from error
-
-    def cost(self, in_float32: CallCost) -> CallCost:
-        """A call's cost at this precision."""
-        if self.autocast is None:
-            return in_float32
-        return replace(in_float32, activation_bytes=in_float32.activation_bytes // 2)
 
 
 class _ExecutedNetwork:

@@ -132,6 +132,7 @@ class LatentPipeline:
                 denoiser,
                 lambda: folder.network.evaluate(denoiser, latents, timesteps, condition),
                 attention=execution.attention,
+                autocast=execution.autocast if self.dtype == "float32" else None,
             )
             one = torch.empty(1, *shape)
             cost = replace(
@@ -143,7 +144,7 @@ class LatentPipeline:
             )
         side = shape[1] * folder.pixels_per_latent
         check_shape(named, "autoencoder's decoder", pixels[0], (1, 3, side, side))
-        return execution.cost(cost) if self.dtype == "float32" else cost.in_half_precision()
+        return cost if self.dtype == "float32" else cost.in_half_precision()
 
     def load(self, device: torch.device) -> LatentNetwork:
         """Loads every part, checks that no weight is missing, freezes; see `ModelRecipe`."""

@@ -116,8 +116,9 @@ class PixelUNet:
                 unet,
                 lambda: unet(latents, timesteps, labels).sample,
                 attention=execution.attention,
+                autocast=execution.autocast if self.dtype == "float32" else None,
             )
-        return execution.cost(cost) if self.dtype == "float32" else cost.in_half_precision()
+        return cost if self.dtype == "float32" else cost.in_half_precision()
 
     def load(self, device: torch.device) -> PixelNetwork:
         """Loads, freezes and moves the network; see `ModelRecipe`."""
