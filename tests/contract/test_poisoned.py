@@ -27,9 +27,7 @@ from invmm.results.run_folder import RunFolder
 from invmm.runtime.worker import Worker
 
 CPU = torch.device("cpu")
-PICTURES = {
-    f"{size}": Image.linear_gradient("L").convert("RGB").resize((size, size)) for size in (8, 16)
-}
+PICTURES = {f"{n}": Image.linear_gradient("L").convert("RGB").resize((n, n)) for n in (8, 16, 24)}
 MEASUREMENTS = {
     "inversion": ("replication.threshold=0.9",),
     "replicated": ("replication.threshold=-1", "replication.num_confirm=2"),
@@ -75,7 +73,7 @@ MATRIX = [name for name in MEASUREMENTS if name != "replicated"]
 def pipeline(kind: str):
     if kind == "pixel":
         return pixel_pipeline("epsilon")
-    return pipelines.seeded(pipelines.MAKERS["sd1 epsilon"])
+    return pipelines.seeded(pipelines.MAKERS["sd1 epsilon" if kind == "text" else kind])
 
 
 @cache
@@ -90,7 +88,7 @@ def planned(kind: str, name: str, *more: str):
         given.append("prompt=empty")
     faults: list[str] = []
     plain = compose_job("measure", given, faults)
-    size = "8" if kind == "pixel" else "16"
+    size = {"pixel": "8", "sd3 t5 24 pixels": "24"}.get(kind, "16")
     dataset = _dataset({"it": PICTURES[size]}, {"it": "a red fox"})
     recipes = (
         check_measure({**plain, "model": model, "dataset": dataset}, faults) if plain else None
@@ -144,6 +142,51 @@ def test_a_broken_part_of_the_model_ends_the_image_by_name(name, part, value, tm
         pytest.skip("decodes nothing")
     with poisoned(PARTS[part](pipeline("text")), value):
         assert_diverged(measured(planned("text", name), tmp_path), *STAGES[part])
+
+
+OTHERS = {
+    "ldm vq": {
+        "unet.conv_out": "denoiser", "vqvae.encoder.conv_out": "encoder",
+        "vqvae.quantize.embedding": "decoder", "vqvae.decoder.conv_out": "decoder",
+    },
+    "dit": {
+        "transformer.proj_out_2": "denoiser", "vae.quant_conv": "encoder",
+        "vae.decoder.conv_in": "decoder",
+    },
+    "sdxl": {
+        "text_encoder.encoder.layers.0.mlp.fc2": "text encoder",
+        "text_encoder_2.text_model.encoder.layers.0.mlp.fc2": "text encoder",
+        "text_encoder_2.text_projection": "text encoder", "unet.add_embedding.linear_2": "denoiser",
+        "vae.encoder.conv_out": "encoder", "vae.decoder.conv_out": "decoder",
+    },
+    "sd3 t5 24 pixels": {
+        "text_encoder.text_projection": "text encoder",
+        "text_encoder_2.text_model.encoder.layers.0.mlp.fc2": "text encoder",
+        "text_encoder_3.encoder.block.0.layer.1.DenseReluDense.wo": "text encoder",
+        "transformer.proj_out": "denoiser", "vae.encoder.conv_out": "encoder",
+        "vae.decoder.conv_out": "decoder",
+    },
+}  # fmt: skip
+"""Family -> what holds a weight -> the part that it belongs to."""
+
+
+def submodule(pipe, path: str):
+    part, _, inner = path.partition(".")
+    own = getattr(pipe, part)
+    # Older releases of transformers keep all of a CLIP text encoder under this name.
+    names = (inner, f"text_model.{inner}", inner.removeprefix("text_model."))
+    return next(found for name in names if (found := dict(own.named_modules()).get(name)))
+
+
+@pytest.mark.parametrize(("kind", "path"), [(k, path) for k, own in OTHERS.items() for path in own])
+def test_a_broken_part_of_any_family_ends_the_image_by_name(kind, path, tmp_path):
+    family = {
+        "ldm vq": ("prompt=none",), "dit": ("prompt=class_label", "prompt.label=3"),
+        "sdxl": ("prompt=empty",), "sd3 t5 24 pixels": ("prompt=empty", "sampler=flow_euler"),
+    }  # fmt: skip
+    run = planned(kind, "inversion", *family[kind])
+    with poisoned(submodule(pipeline(kind), path).weight, math.nan):
+        assert_diverged(measured(run, tmp_path), *STAGES[OTHERS[kind][path]])
 
 
 @dataclass(frozen=True)

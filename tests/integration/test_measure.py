@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny
+from safetensors.torch import load_file, save_file
 
+from invmm.cli.measure import COMMAND
 from invmm.results.run_folder import read_processes
 
 
@@ -47,6 +52,20 @@ def test_a_run_whose_images_all_fail_is_incomplete(model, tmp_path):
     assert (tmp_path / "run" / "gallery.png").exists()
     assert (tmp_path / "run" / "scores.csv").exists()
     assert tiny.invmm(arguments, env=shell).returncode == 3  # as long as it is so
+
+
+def test_a_run_whose_images_all_diverge_is_incomplete(model, tmp_path, monkeypatch, capsys):
+    """A weight that is no number lies in the file."""
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    (weights,) = folder.rglob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["conv_out.bias"][0] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    images = tiny.save_images(tmp_path / "images", 1)
+    (images / "broken.png").unlink()
+    monkeypatch.setattr(sys, "argv", ["invmm"])
+    assert COMMAND.run(tiny.command(folder, images, tmp_path / "run")[3:]) == 3
+    assert "no image was measured: 1 DIVERGED, all by: " in capsys.readouterr().err
 
 
 def test_a_rerun_measures_nothing_again(finished, model, images):

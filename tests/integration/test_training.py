@@ -296,7 +296,9 @@ def test_a_signal_ends_the_training_in_good_order(signum, code, train, uninterru
     assert ended.code == code
     assert "the same command goes on" in ended.output
     assert "Traceback" not in ended.output
-    assert train(tmp_path / "run").code == 0
+    ended = train(tmp_path / "run")
+    assert ended.code == 0
+    assert " 10/10 [" in ended.output  # the bar counts the steps before, too
     assert exports(tmp_path / "run") == exports(uninterrupted)
 
 

@@ -19,6 +19,7 @@ import transformers
 from invmm.models.auto import AutoModel
 from invmm.models.borrowed import BorrowedModel
 from invmm.models.components import DEFAULTS, EXPECTED
+from invmm.models.execution import Execution
 
 FAMILIES = ("ldm vq", "ldm kl", "dit", "sd1 epsilon", "sdxl", "sd3", "sd3 t5 24 pixels")
 
@@ -132,6 +133,18 @@ def test_widths_for_each_block_are_one_if_they_are_equal(saved, tmp_path):
     recipe = changed(saved["sd1 epsilon"], "unet/config.json", tmp_path / "m", values)
     assert recipe.describe().latent_shape == (4, 8, 8)
     recipe.try_out()
+    assert recipe.call_cost(1, Execution()) == AutoModel(path=str(saved["sd1 epsilon"])).call_cost(
+        1, Execution()
+    )
+
+
+def test_another_variant_than_all_parts_have_is_named(saved, tmp_path):
+    folder = Path(shutil.copytree(saved["sd1 epsilon"], tmp_path / "m"))
+    for file in list(folder.rglob("*.safetensors")):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    with pytest.raises(ValueError, match=r"of variant fp16; give model\.variant=fp16, all parts"):
+        AutoModel(path=str(folder)).describe()
+    assert AutoModel(path=str(folder), variant="fp16").describe().latent_shape == (4, 8, 8)
 
 
 INDEX = [
@@ -177,8 +190,6 @@ BUILT = [
 def test_what_cannot_be_built_or_called_is_refused_on_shapes_alone(
     family, part, values, saved, tmp_path
 ):
-    from invmm.models.execution import Execution
-
     recipe = changed(saved[family], f"{part}/config.json", tmp_path / "m", values)
     for action in (recipe.try_out, lambda: recipe.call_cost(1, Execution())):
         with pytest.raises(ValueError, match=r"model\.path=.*") as refusal:

@@ -282,8 +282,9 @@ def test_a_file_is_no_folder_and_is_not_looked_for_on_the_hub(folder, monkeypatc
         PixelUNet(path=str(folder / WEIGHTS)).describe()
 
 
-def test_a_size_helps_a_network_without_a_square_one(folder):
-    put(UNET, sample_size=[8, 16])(folder)
+@pytest.mark.parametrize("size", [None, [8, 16]])
+def test_a_size_helps_a_network_without_a_square_one(size, folder):
+    put(UNET, sample_size=size)(folder)
     with pytest.raises(ValueError, match=r"give model\.image_size="):
         PixelUNet(path=str(folder)).describe()
     recipe = PixelUNet(path=str(folder), image_size=16)
