@@ -75,3 +75,11 @@ def test_no_false_match_still_has_an_upper_bound():
     report = false_matches(at_angles(0, 90), threshold=0.5)
     assert report.interval[0] == 0
     assert report.interval[1] == pytest.approx(1 - math.pow(0.025, 1))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_embeddings_that_are_not_finite_are_refused(value):
+    embeddings = at_angles(0, 10, 90)
+    embeddings[1, 0] = value
+    with pytest.raises(ValueError, match=r"of 1 of 3 images are not finite.*replication\.simil"):
+        false_matches(embeddings, threshold=0.5)
