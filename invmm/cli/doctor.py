@@ -29,7 +29,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _examine(arguments: argparse.Namespace) -> int:
-    from invmm.runtime.doctor import can_measure, checks, table
+    from invmm.runtime.checks import can_measure, table
+    from invmm.runtime.doctor import checks
 
     found = list(checks(arguments.out))
     print(table(found))

@@ -1,4 +1,4 @@
-"""What works on this machine, found out by trying it; no check raises and none hangs."""
+"""What invmm needs of a machine, each part tried out: packages, devices, SSCD, hub, folders."""
 
 from __future__ import annotations
 
@@ -6,67 +6,18 @@ import fcntl
 import os
 import shutil
 import tempfile
-import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+
+from invmm.runtime.checks import Check, Skip, tried, within
+from invmm.runtime.trainer import why_no_gpu
 
 _HUB_SECONDS = 5.0
 _GIB = 2**30
-
-
-class State(Enum):
-    """How a check ended."""
-
-    WORKS = "works"
-    FAILS = "does not"
-    SKIPPED = "skipped"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One line of the table.
-
-    Attributes:
-        name: what was tried.
-        state: how it ended.
-        detail: what was found, or the reason and the cure.
-        essential: whether nothing can be measured without it.
-    """
-
-    name: str
-    state: State
-    detail: str
-    essential: bool = False
-
-
-class Skip(Exception):
-    """Raised by a check that cannot be made here; the message says why."""
-
-
-def tried(name: str, action: Callable[[], str], *, essential: bool = False) -> Check:
-    """Does something and tells how it went, whatever it raises.
-
-    Args:
-        name: of the check.
-        action: returns what it found.
-        essential: see `Check`.
-    """
-    try:
-        state, detail = State.WORKS, action()
-    except Skip as reason:
-        state, detail = State.SKIPPED, str(reason)
-    except (Exception, SystemExit) as error:  # an unusable package may raise anything on import
-        line = (str(error).strip().splitlines() or [""])[0]
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        state, detail = State.FAILS, f"{kind}{line}"
-    return Check(name=name, state=state, detail=detail, essential=essential)
 
 
 def checks(out: Path) -> Iterator[Check]:
@@ -87,19 +38,6 @@ def checks(out: Path) -> Iterator[Check]:
     yield tried("one process a command", _launch, essential=True)
 
 
-def table(found: Sequence[Check]) -> str:
-    """One line a check."""
-    width = max(len(check.name) for check in found)
-    return "\n".join(
-        f"{check.state.value:9} {check.name:{width}}  {check.detail}".rstrip() for check in found
-    )
-
-
-def can_measure(found: Sequence[Check]) -> bool:
-    """Whether all that measuring needs works."""
-    return all(check.state is State.WORKS for check in found if check.essential)
-
-
 _CORE = {
     "torch": "torch",
     "diffusers": "diffusers",
@@ -115,7 +53,7 @@ _EXTRAS = {
     "hydra/launcher=slurm": (("submitit", "hydra_plugins.hydra_submitit_launcher"), "slurm"),
     "hydra/launcher=ray_local": (("ray", "hydra_plugins.hydra_ray_launcher"), "ray"),
 }
-"""What is optional -> its modules, and the extra of invmm that brings them."""
+"""Optional feature -> its modules, and the extra of invmm that installs them."""
 
 
 def _imported(module: str, package: str) -> str:
@@ -145,7 +83,7 @@ def _devices() -> Iterator[Check]:
     try:
         import torch
     except Exception:
-        return  # said above
+        return  # reported by the check of torch
     yield tried("cpu", lambda: f"{os.cpu_count()} cores, {_size(_main_memory())} of memory")
     yield from _precisions("cpu")
     if torch.cuda.is_available():
@@ -166,7 +104,7 @@ def _precisions(device: str) -> Iterator[Check]:
 
 
 def _computes(device: str, name: str) -> str:
-    """A convolution and a matrix product against float64 on the CPU."""
+    """Compares a convolution and a matrix product with float64 on the CPU."""
     import torch
     import torch.nn.functional as F
 
@@ -183,7 +121,7 @@ def _computes(device: str, name: str) -> str:
     # Ten units in the last place of a result of about 1; TF32 counts as float32.
     allowed = 10 * max(torch.finfo(dtype).eps, 2**-11 if device != "cpu" else 0)
     if not error <= allowed:
-        raise ValueError(f"wrong results: off by {error:.1e}, at most {allowed:.1e} are rounding")
+        raise ValueError(f"wrong results: off by {error:.1e}; rounding explains {allowed:.1e}")
     return f"convolution and matrix product within {error:.0e}"
 
 
@@ -195,14 +133,7 @@ def _gpu(index: int) -> str:
 
 
 def _no_gpu() -> str:
-    import torch
-
-    if torch.version.cuda is None and torch.version.hip is None:
-        raise Skip(f"torch {torch.__version__} is built without CUDA; install one that is not")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        raise Skip(f"CUDA_VISIBLE_DEVICES={visible!r} shows torch none")
-    raise Skip("torch sees none; nvidia-smi tells whether a GPU and its driver are here")
+    raise Skip(f"{why_no_gpu()}; nvidia-smi tells whether a GPU and its driver are here")
 
 
 def _main_memory() -> int:
@@ -236,30 +167,6 @@ def _wandb_account() -> str:
     except (OSError, netrc.NetrcParseError):
         pass
     raise Skip("not logged in; wandb login, or logger=wandb logger.mode=offline")
-
-
-def within(seconds: float, action: Callable[[], str]) -> str:
-    """The same as `action()`, given up after a while: looking up a name may take minutes.
-
-    Raises:
-        Skip: it took too long.
-    """
-    ended: list[Any] = []
-
-    def run() -> None:
-        try:
-            ended.append(action())
-        except Exception as error:
-            ended.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not ended:
-        raise Skip(f"no answer within {seconds:g} s; give models and data as folders")
-    if isinstance(ended[0], Exception):
-        raise ended[0]
-    return ended[0]
 
 
 def _hub() -> str:
@@ -302,8 +209,8 @@ def _lock_twice(path: Path) -> None:
         except BlockingIOError:
             return
     raise ValueError(
-        f"{path.parent.parent} does not keep locks (flock), which share the images out between "
-        "processes; choose another run_dir, or a folder of its own for each shard"
+        f"{path.parent.parent} does not support file locks (flock), by which processes share the "
+        "images; choose another run_dir, or a folder of its own for each shard"
     )
 
 
@@ -311,7 +218,7 @@ def _launch() -> str:
     from invmm.runtime.launch import refuse_copies
 
     refuse_copies()
-    return "no launcher starts several"
+    return "no launcher starts several copies"
 
 
 def _size(count: int) -> str:

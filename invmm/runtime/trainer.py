@@ -29,10 +29,10 @@ class TrainerSettings:
     tflops: Annotated[float, Gt(0)] | None = None
 
     def check_machine(self) -> None:
-        """Whether the machine at hand has these devices, which only the run itself needs.
+        """Refuses devices that this machine does not have; a dry run plans for another machine.
 
         Raises:
-            ValueError: it has none of them, or fewer.
+            ValueError: there is no such device, or fewer than `devices`.
         """
         if self.accelerator == "cpu":
             return
@@ -44,9 +44,9 @@ class TrainerSettings:
         count = next((counts[kind] for kind in kinds if counts[kind]), 0)
         if not count:
             if self.accelerator == "auto":
-                return  # as many processes on the CPU
+                return  # the processes share the CPU
             raise ValueError(
-                f"trainer.accelerator={self.accelerator}: {_why_no_gpu()}; use trainer=cpu, or "
+                f"trainer.accelerator={self.accelerator}: {why_no_gpu()}; use trainer=cpu, or "
                 "dry_run=true to plan"
             )
         if self.devices > count:
@@ -61,7 +61,8 @@ class TrainerSettings:
         return self.threads_per_device or max(1, (os.cpu_count() or 1) // self.devices)
 
 
-def _why_no_gpu() -> str:
+def why_no_gpu() -> str:
+    """Why torch finds no GPU: how it was built, or which GPUs it may see."""
     import torch
 
     if torch.version.cuda is None and torch.version.hip is None:

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 
 from invmm.cli import doctor as command
 from invmm.runtime import doctor
-from invmm.runtime.doctor import Check, State, can_measure, table, tried
+from invmm.runtime.checks import Check, Skip, State, can_measure, table, tried, within
 
 
 @pytest.mark.parametrize(("error", "state", "detail"), [
-    (doctor.Skip("no GPU"), State.SKIPPED, "no GPU"),
+    (Skip("no GPU"), State.SKIPPED, "no GPU"),
     (ValueError("use another"), State.FAILS, "use another"),
     (ImportError("libfoo.so\nis gone"), State.FAILS, "ImportError: libfoo.so"),
     (SystemExit(1), State.FAILS, "SystemExit: 1"),
@@ -66,7 +66,7 @@ def test_a_folder_is_tried_where_it_will_be(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="choose another run_dir"):
         doctor._folder(tmp_path / "file" / "run")
     monkeypatch.setattr(doctor.fcntl, "flock", lambda file, how: None)
-    with pytest.raises(ValueError, match="does not keep locks"):
+    with pytest.raises(ValueError, match="does not support file locks"):
         doctor._folder(tmp_path)
 
 
@@ -75,14 +75,14 @@ def test_the_hub_is_given_up_soon(monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(doctor.Skip, match=r"127\.0\.0\.1:9 is not reached"):
+    with pytest.raises(Skip, match=r"127\.0\.0\.1:9 is not reached"):
         doctor._hub()
     started = time.monotonic()
-    with pytest.raises(doctor.Skip, match=r"no answer within 0\.1 s"):
-        doctor.within(0.1, lambda: str(time.sleep(5)))
+    with pytest.raises(Skip, match=r"no answer within 0\.1 s"):
+        within(0.1, lambda: str(time.sleep(5)))
     assert time.monotonic() - started < 2
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(doctor.Skip, match="HF_HUB_OFFLINE"):
+    with pytest.raises(Skip, match="HF_HUB_OFFLINE"):
         doctor._hub()
 
 
