@@ -39,7 +39,7 @@ _FLOW_CLASSES: Mapping[str, str] = {
 _CAN_CLIP = ("ddim", "ddpm", "heun")
 _SMALLEST_FIRST_ALPHA, _LARGEST_FIRST_ALPHA = 1e-5, 0.5
 _NO_SIGNAL_ALPHA = 2**-24
-"""Stands for an alpha-bar of 0 in diffusers' samplers that divide by its root."""
+"""What diffusers' samplers that divide by sqrt(alpha-bar) use in place of an alpha-bar of 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,11 +146,12 @@ class Sampler:
             )
 
     def check_schedule(self, schedule: NoiseSchedule) -> None:
-        """Refuses a first timestep at which pure noise means nothing.
+        """Refuses a first timestep from which pure noise cannot be denoised.
 
         Raises:
-            ValueError: naming the key, the value and the cure; a noise predictor would divide by
-                no signal, or leading timesteps start where the image would be seen already.
+            ValueError: naming the key, the value and the cure: at the first timestep the model
+                expects latents in which the image dominates, or a noise predictor has so little
+                signal that dividing by it overflows.
         """
         self.check_kind(schedule.prediction_type)
         if schedule.is_flow:
@@ -162,15 +163,17 @@ class Sampler:
         if alpha > _LARGEST_FIRST_ALPHA > last_alpha:
             raise ValueError(
                 f"sampler.num_inference_steps={steps} with sampler.timestep_spacing={spacing} "
-                f"{where}, and pure noise is no such image; use sampler.timestep_spacing=trailing"
+                f"{where}, but sampling begins with pure noise; use "
+                "sampler.timestep_spacing=trailing"
             )
         if schedule.prediction_type != "epsilon" or alpha >= _SMALLEST_FIRST_ALPHA:
             return
         key, cure = f"timestep_spacing={spacing}", "sampler.timestep_spacing=leading"
         if spacing == "leading":
-            key, cure = f"num_inference_steps={steps}", f"at most {max(steps // 2, 1)}"
+            key = f"num_inference_steps={steps}"
+            cure = f"sampler.num_inference_steps={max(steps // 2, 1)} or less"
         raise ValueError(
-            f"sampler.{key} {where}, and dividing a predicted noise by its root explodes; "
+            f"sampler.{key} {where}, and dividing by its square root makes errors explode; "
             f"use {cure}"
         )
 
@@ -200,7 +203,7 @@ class Sampler:
 
 
 def _rescaled(trained: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys for a class without `rescale_betas_zero_snr`: betas that are rescaled already."""
+    """Trained keys with rescaled betas, for a class without the key `rescale_betas_zero_snr`."""
     from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
     keys = dict(trained)

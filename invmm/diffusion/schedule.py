@@ -17,7 +17,7 @@ from torch import Tensor
 
 from invmm.diffusion.scheduler_config import (
     FLOW_SCHEDULERS,
-    NO_SIGNAL,
+    ZERO_TERMINAL_SNR,
     class_of,
     resolved,
     scheduler_class,
@@ -26,11 +26,12 @@ from invmm.diffusion.scheduler_config import (
 _Read = TypeVar("_Read")
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
-_MOST_DRAWN = 50.0
+_MAX_OVERSAMPLING = 50.0
+"""Ours: how many times as often as uniformly `draw_weights` may draw a noise level."""
 _ROUNDING = 1e-6
-_NO_SIGNAL = (
+_BETAS_WITHOUT_SIGNAL = (
     "the betas leave no signal at the last timestep, where a predicted noise "
-    "(prediction_type=epsilon) says nothing of the image; check num_train_timesteps, beta_start "
+    "(prediction_type=epsilon) does not determine the image; check num_train_timesteps, beta_start "
     "and beta_end"
 )
 
@@ -42,11 +43,11 @@ class NoiseSchedule:
     Attributes:
         signals: (T,) float32, falling from about 1 to about 0.
         noise_scales: (T,) float32, rising from about 0 to about 1.
-        timesteps: (T,) what the network is told at each noise level: 0 to T - 1, or T * sigma_t
-            of a rectified flow.
+        timesteps: (T,) the network's input at each noise level: 0 to T - 1, or T * sigma_t of a
+            rectified flow.
         prediction_type: what the network was trained to output.
         trained: the diffusers scheduler keys (`TRAINED_KEYS` or `FLOW_KEYS`) from which any
-            sampler is built. The betas are values: no class knows the formulas of all others.
+            sampler is built. Betas are stored as numbers, as no class knows every beta_schedule.
     """
 
     signals: Tensor
@@ -60,11 +61,12 @@ class NoiseSchedule:
         """The trained schedule of a diffusers scheduler config.
 
         Args:
-            config: `_class_name` included; keys alone are those of `DDPMScheduler`, or of a
-                rectified flow if `shift` is among them.
+            config: of a scheduler. Without `_class_name`, its keys are read as those of
+                `DDPMScheduler`, or of a rectified flow if `shift` is among them.
 
         Raises:
-            ValueError: it cannot be read exactly, see `scheduler_config`, or its betas are none.
+            ValueError: it cannot be read exactly, see `scheduler_config`, a beta is not between 0
+                and 1, or a noise predictor has no signal at the last timestep.
         """
         keys = resolved(config)
         if class_of(config) in FLOW_SCHEDULERS:
@@ -100,7 +102,8 @@ class NoiseSchedule:
             trained,
         )
         if not found.clean_latents_weights.sum().isfinite():
-            raise ValueError(NO_SIGNAL if keys.get("rescale_betas_zero_snr") else _NO_SIGNAL)
+            is_rescaled = keys.get("rescale_betas_zero_snr")
+            raise ValueError(ZERO_TERMINAL_SNR if is_rescaled else _BETAS_WITHOUT_SIGNAL)
         return found
 
     @classmethod
@@ -108,14 +111,14 @@ class NoiseSchedule:
         """The trained schedule of a diffusers scheduler object.
 
         Raises:
-            ValueError: as `from_config`; a class that is not diffusers' own; or the object was
-                changed and is no longer what its config says.
+            ValueError: as `from_config`; its class is not diffusers' own; or its noise levels are
+                not those of its config.
         """
         name = type(scheduler).__name__
         found = cls.from_config({**getattr(scheduler, "config", {}), "_class_name": name})
         if type(scheduler) is not scheduler_class(name):
-            raise ValueError(f"this {name} is not diffusers' own; give one of diffusers")
-        if found.is_flow:  # sigmas are overwritten whenever the pipeline draws
+            raise ValueError(f"this {name} is not diffusers' own; use a scheduler of diffusers")
+        if found.is_flow:  # compared by shift, as sampling overwrites the sigmas
             key = cure = "shift"
             expected = torch.tensor([float(found.trained["shift"])])
             own = torch.tensor([float(vars(scheduler).get("_shift", expected))])
@@ -146,7 +149,7 @@ class NoiseSchedule:
 
     @cached_property
     def clean_latents_weights(self) -> Tensor:
-        """(T,) what a squared error of the network's output counts as one of the clean latents."""
+        """(T,) factor from a squared error of the raw output to that of the clean latents."""
         return {
             "epsilon": (self.noise_scales / self.signals).square(),
             "v_prediction": self.noise_scales.square(),
@@ -156,29 +159,29 @@ class NoiseSchedule:
 
     @cached_property
     def draw_weights(self) -> Tensor:
-        """(T,) how often `draw_levels` takes each level by weight, unnormalised.
+        """(T,) unnormalised probabilities by which `draw_levels` draws noise levels by weight.
 
-        These are `clean_latents_weights`, the largest of them cut so that no level is drawn more
-        than 50 times as often as uniformly. Linear and scaled-linear betas stay below 20 and are
-        not cut; of cosine betas, whose alpha-bar ends at 2e-9, the last level alone would take
-        99.8 % of the draws. `importance_weights` belong to the cut ones, so that expectations
-        are kept: what is cut is drawn less often and counts more.
+        These are `clean_latents_weights`, clamped so that no level is drawn more than 50 times as
+        often as uniformly. Linear and scaled-linear betas stay below 20 and are not clamped; of
+        cosine betas, whose alpha-bar ends at 2e-9, the last level alone would take 99.8 % of the
+        draws. `importance_weights` are those of the clamped probabilities, so expectations stay
+        unbiased: a clamped level is drawn less often, and each draw of it counts more.
         """
-        weights, most = self.clean_latents_weights, _MOST_DRAWN / self.num_train_timesteps
-        falling, _ = weights.double().sort(descending=True)
-        if most >= 1 or falling[0] <= most * falling.sum():
+        weights, max_share = self.clean_latents_weights, _MAX_OVERSAMPLING / len(self.signals)
+        descending, _ = weights.double().sort(descending=True)
+        if max_share >= 1 or descending[0] <= max_share * descending.sum():
             return weights
-        rest = falling.sum() - falling.cumsum(0)
-        # With the k largest at one value c, c = most * (k * c + the rest).
-        counts = torch.arange(1, min(len(falling), int(1 / most)))
-        limits = most * rest[counts - 1] / (1 - most * counts)
-        fits = limits >= falling[counts]
-        limit = limits[fits][0] if fits.any() else falling[-1]
+        rest = descending.sum() - descending.cumsum(0)
+        # With the k largest weights at a common limit c: c = max_share * (k * c + rest[k - 1]).
+        counts = torch.arange(1, min(len(descending), int(1 / max_share)))
+        limits = max_share * rest[counts - 1] / (1 - max_share * counts)
+        fits = limits >= descending[counts]
+        limit = limits[fits][0] if fits.any() else descending[-1]
         return weights.clamp(max=limit.item())
 
     @cached_property
     def importance_weights(self) -> Tensor:
-        """(T,) what keeps expectations if timesteps are drawn by `draw_weights`."""
+        """(T,) factors that keep means unbiased if timesteps are drawn by `draw_weights`."""
         return self.draw_weights.mean() / self.draw_weights
 
     @cached_property
@@ -236,15 +239,15 @@ class NoiseSchedule:
         return torch.randint(self.num_train_timesteps, (count,), generator=rng)
 
 
-def readable(source: str, read: Callable[[], _Read]) -> _Read:
-    """What reading a scheduler gives.
+def read_scheduler(source: str, read: Callable[[], _Read]) -> _Read:
+    """Returns `read()`; any exception that it raises becomes one line.
 
     Args:
-        source: whose scheduler it is, as errors name it.
-        read: the reading.
+        source: whose scheduler is read, as errors name it.
+        read: reads a scheduler's config or object.
 
     Raises:
-        ValueError: whatever foreign values made it raise, in one line.
+        ValueError: in place of any exception, since foreign configs raise all kinds.
     """
     try:
         return read()
@@ -260,7 +263,7 @@ def schedule_of(pipeline: Any) -> NoiseSchedule:
         ValueError: see `NoiseSchedule.from_scheduler`.
     """
     scheduler = pipeline.scheduler
-    return readable("the pipeline in memory", lambda: NoiseSchedule.from_scheduler(scheduler))
+    return read_scheduler("the pipeline in memory", lambda: NoiseSchedule.from_scheduler(scheduler))
 
 
 @dataclass(frozen=True, eq=False)

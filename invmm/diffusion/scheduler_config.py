@@ -2,8 +2,9 @@
 
 Its config mixes two things: the trained schedule (betas, what the network predicts, or the shift of
 a rectified flow) and how the pipeline samples (spacing, Karras sigmas, solver order, clipping).
-Only the former is read here; `Sampler` replaces the latter. A class or key that means a schedule
-which cannot be expressed by betas is refused. Nothing heavy is imported, so that a check is quick.
+Only the former is read here; `Sampler` replaces the latter. Classes and keys whose schedule cannot
+be expressed by betas or a shift are refused. Torch and diffusers are imported only where they are
+needed, so that checking a config is quick.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ TRAINED_KEYS = (
 """Keys of a scheduler config that belong to the trained model, not to a sampler."""
 
 FLOW_KEYS = ("num_train_timesteps", "shift")
-"""The same of a rectified flow."""
+"""Keys of a rectified flow's scheduler config that belong to the trained model."""
 
 BETA_SCHEDULERS = (
     "DDPMScheduler",
@@ -47,10 +48,10 @@ BETA_SCHEDULERS = (
     "SASolverScheduler",
     "UniPCMultistepScheduler",
 )
-"""Schedulers whose config means a schedule of betas."""
+"""Schedulers whose config describes a schedule of betas."""
 
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
-"""Schedulers whose config means a rectified flow."""
+"""Schedulers whose config describes a rectified flow."""
 
 DISTILLED = (
     "CMStochasticIterativeScheduler",
@@ -61,26 +62,29 @@ DISTILLED = (
     "SCMScheduler",
     "TCDScheduler",
 )
-"""Schedulers of models that were distilled to a few steps, which only these can draw."""
+"""Schedulers of models distilled to a few steps; other schedulers cannot sample those models."""
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-"""What a network on a schedule of betas may predict."""
+"""Prediction types of networks on a schedule of betas."""
 
-_MOST_TIMESTEPS = 10_000
+_MAX_TIMESTEPS = 10_000
 _NEUTRAL: Mapping[str, tuple[Any, str]] = {
-    "timestep_type": ("discrete", "the network would be told logarithms of sigmas"),
+    "timestep_type": ("discrete", "the network would get logarithms of sigmas as timesteps"),
     "sigma_min": (None, "it replaces the range of the betas"),
     "sigma_max": (None, "it replaces the range of the betas"),
-    "use_flow_sigmas": (False, "the betas would mean nothing"),
+    "use_flow_sigmas": (False, "a rectified flow would replace the betas"),
     "shift_terminal": (None, "it stretches the sigmas of a rectified flow"),
-    "invert_sigmas": (False, "it turns the time of a rectified flow round"),
+    "invert_sigmas": (False, "it reverses the time of a rectified flow"),
     "use_dynamic_shifting": (False, "the shift would depend on the image size"),
 }
-"""Key -> the only value that leaves the trained schedule as it is, and what others would do."""
+"""Key -> (the only value that keeps the trained schedule, what any other value would do)."""
 
 _NEUTRAL_FLOW: Mapping[str, tuple[Any, str]] = {
     **{
-        key: (False, "it moves the sigmas, which are all that says what a flow was trained on")
+        key: (
+            False,
+            "it changes the sigmas, from which alone the trained schedule of a flow is read",
+        )
         for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
     },
     "stochastic_sampling": (False, "it draws new noise at each step, as distilled models need"),
@@ -92,26 +96,26 @@ _CURES: Mapping[str, str] = {
 
 
 def why_refused(class_name: str) -> str:
-    """The reason and the cure for a scheduler class that no table names, in a few words."""
+    """Why a scheduler class in neither table is refused, and the cure, for messages."""
     if class_name.rpartition(".")[2] in DISTILLED:
         return (
-            "it draws from distilled models, whose own way of sampling is not offered; measure the "
-            "model that was distilled"
+            "it samples distilled models, which is not supported; measure the model that they were "
+            "distilled from"
         )
-    return "it holds no schedule that can be read; name the scheduler that the model was trained in"
+    return "no trained schedule can be read from it; name the scheduler of the model's training"
 
 
 def class_of(config: Mapping[str, Any]) -> str:
-    """The scheduler class of a config; of keys alone, the one in which they are trained."""
+    """The scheduler class of a config; without `_class_name`, DDPM's, or a flow's for `shift`."""
     default = FLOW_SCHEDULERS[0] if "shift" in config else BETA_SCHEDULERS[0]
     return str(config.get("_class_name", default))
 
 
 def check_config(config: Mapping[str, Any]) -> tuple[int, str]:
-    """Refuses a schedule that cannot be read exactly; imports nothing and builds nothing.
+    """Refuses a schedule that cannot be read exactly; builds no scheduler.
 
     Args:
-        config: of a scheduler, `_class_name` included, or some `TRAINED_KEYS` alone.
+        config: of a scheduler, or some of the `TRAINED_KEYS` without a `_class_name`.
 
     Returns:
         The number of training timesteps and the prediction type ("flow" of a rectified flow).
@@ -132,8 +136,8 @@ def check_config(config: Mapping[str, Any]) -> tuple[int, str]:
                 f"{key}={_shown(value)} is not supported: {effect}; {cure.format(flow_shift=shift)}"
             )
     count = config.get("num_train_timesteps", 1000)
-    if type(count) is not int or not 1 <= count <= _MOST_TIMESTEPS:
-        raise ValueError(f"num_train_timesteps={count!r}; use 1 to {_MOST_TIMESTEPS}")
+    if type(count) is not int or not 1 <= count <= _MAX_TIMESTEPS:
+        raise ValueError(f"num_train_timesteps={count!r}; use 1 to {_MAX_TIMESTEPS}")
     if is_flow:
         _check_shift(config.get("shift", 1.0))
         return count, "flow"
@@ -152,22 +156,22 @@ def check_config(config: Mapping[str, Any]) -> tuple[int, str]:
             f"{', '.join(PREDICTIONS)}"
         )
     if config.get("rescale_betas_zero_snr") and prediction_type == "epsilon":
-        raise ValueError(NO_SIGNAL)
+        raise ValueError(ZERO_TERMINAL_SNR)
     return count, prediction_type
 
 
-NO_SIGNAL = (
+ZERO_TERMINAL_SNR = (
     "rescale_betas_zero_snr=true leaves no signal at the last timestep, where a predicted noise "
-    "(prediction_type=epsilon) says nothing of the image; use rescale_betas_zero_snr=false or "
+    "(prediction_type=epsilon) does not determine the image; use rescale_betas_zero_snr=false or "
     "prediction_type=v_prediction, as the model was trained"
 )
 
 
 def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The trained keys of a config, those it leaves out at the defaults of its own class.
+    """The trained keys of a config; keys that it leaves out get the defaults of its own class.
 
     Raises:
-        ValueError: as `check_config`; or a key that its class ignores, or a package is missing.
+        ValueError: as `check_config`; its class ignores a key; or a package is missing.
     """
     check_config(config)
     found = scheduler_class(class_of(config))
@@ -176,14 +180,14 @@ def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
     ignored = "rescale_betas_zero_snr"
     if config.get(ignored) and ignored not in parameters:
         raise ValueError(
-            f"{ignored}=true means nothing to a {found.__name__}, which ignores it; name a "
-            "DDIMScheduler if the model was trained so, or use false"
+            f"{ignored}=true is ignored by the {found.__name__}; name a DDIMScheduler if the model "
+            f"was trained so, or use {ignored}=false"
         )
     return {k: config.get(k, parameters[k].default) for k in keys if k in parameters}
 
 
 def scheduler_class(name: str) -> Any:
-    """The diffusers class of a name.
+    """The class of that name in diffusers.
 
     Raises:
         ValueError: it needs a package that is not installed.
@@ -191,7 +195,7 @@ def scheduler_class(name: str) -> Any:
     import diffusers
 
     found = getattr(diffusers, name)
-    # diffusers stands a dummy with this attribute in for classes that cannot be imported.
+    # In place of classes that cannot be imported, diffusers has dummies with this attribute.
     if hasattr(found, "_backends"):
         raise ValueError(
             f"{name} needs the packages {' and '.join(found._backends)}; install them, or name a "
@@ -203,9 +207,11 @@ def scheduler_class(name: str) -> Any:
 def _check_shift(shift: Any) -> None:
     is_number = isinstance(shift, (int, float)) and not isinstance(shift, bool)
     if not is_number or not 0 < shift < math.inf:
-        raise ValueError(f"shift={shift!r} is no shift of a rectified flow; use a number above 0")
+        raise ValueError(
+            f"shift={shift!r} cannot be the shift of a rectified flow; use a number above 0"
+        )
 
 
 def _shown(value: Any) -> str:
-    """As a config file spells it."""
+    """A value as a JSON file spells it."""
     return value if isinstance(value, str) else json.dumps(value, default=str)

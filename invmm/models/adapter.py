@@ -24,7 +24,7 @@ class ModelInfo:
         prediction_type: what the network predicts.
         weight_bytes: size of the weight files; None if they are not on this machine.
         prompts: options of the config group `prompt` that it understands.
-        latent_scale: factor of an autoencoder's latents; None without one.
+        latent_scale: factor from an autoencoder's latents to the denoiser's; None without one.
     """
 
     family: str

@@ -33,7 +33,7 @@ class BorrowedModel:
         latent_scale: see `LatentPipeline`.
 
     Raises:
-        ValueError: not of a supported family, or of parts that it does not have.
+        ValueError: it is not of a supported family, or has other parts than its family.
     """
 
     pipeline: Any
@@ -101,10 +101,10 @@ class BorrowedModel:
         return schedule_of(self.pipeline)
 
     def try_out(self) -> None:
-        """Runs parts of its configs on shapes alone.
+        """Builds its parts anew on the meta device and runs them, without weights.
 
         Raises:
-            ValueError: they do not work together.
+            ValueError: they do not fit together.
         """
         with self.as_it_was():
             network: Any = self.load(self.device)

@@ -18,7 +18,7 @@ DIFFUSERS_SCALE = 0.18215
 
 @dataclass(frozen=True, kw_only=True)
 class Conventions:
-    """Which keys of an autoencoder's config the pipelines of a family look at.
+    """Which keys of an autoencoder's config the pipelines of a family read.
 
     Attributes:
         shift: `shift_factor`, subtracted before latents are scaled.
@@ -41,8 +41,8 @@ class Codec:
         autoencoder: diffusers' VQModel or AutoencoderKL.
         posterior: which latents of a KL autoencoder stand for an image (paper: the mode, for
             Stable Diffusion 3 a sample).
-        scale: see `latent_scale`.
-        conventions: what its pipeline makes of its config.
+        scale: of the latents of a VQ autoencoder; see `latent_scale`.
+        conventions: which keys of its config its pipeline reads.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Codec:
             return clamped(self.autoencoder.decode(unscaled).sample.float())
 
     def _affine(self, latents: Tensor) -> tuple[float | Tensor, float | Tensor]:
-        """Scale and shift where the latents are."""
+        """Scale and shift, on the device of the latents."""
         scale, shift = (
             value.to(latents.device) if isinstance(value, Tensor) else value
             for value in (self.scale, self.shift)
@@ -102,7 +102,7 @@ class Codec:
 
     @contextmanager
     def _precision(self, *, upcast: bool) -> Iterator[None]:
-        """Has the autoencoder in float32 for a call; its own precision comes back unchanged."""
+        """Within it the autoencoder runs in float32 if `upcast`; then its own dtype is restored."""
         own = self.autoencoder.dtype
         if not upcast or own == torch.float32:
             yield
@@ -115,26 +115,27 @@ class Codec:
 
 
 def clamped(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1]; what is not finite comes out as NaN, where a clamp makes 1 of infinity."""
+    """Pixels clamped to [-1, 1], non-finite ones as NaN; clamp alone turns infinity into 1."""
     return pixels.clamp(-1, 1).masked_fill(~pixels.isfinite(), float("nan"))
 
 
 def latent_scale(config: Mapping[str, Any], *, is_vq: bool, given: float | None = None) -> float:
     """Factor from an autoencoder's latents to those that the denoiser was trained on.
 
-    A KL autoencoder has its own. A VQ autoencoder whose config names none has unscaled latents, as
-    in the released latent diffusion, whatever diffusers fills in. When diffusers saves such a model
-    again, it writes what it filled in: then only its user can know.
+    The config of a KL autoencoder holds it. A VQ autoencoder whose config has no scaling_factor has
+    unscaled latents, as in the released latent diffusion, although diffusers fills in 0.18215. When
+    diffusers saves such a model, it writes the value that it filled in; whether the denoiser was
+    trained with it, only the user can know then.
 
     Args:
-        config: its config.json, or the config in memory, where diffusers notes under
-            `_use_default_values` which keys it filled in.
+        config: its config.json, or the config in memory, where diffusers lists under
+            `_use_default_values` the keys that it filled in.
         is_vq: whether it is a VQ autoencoder.
-        given: `model.latent_scale`, for a config that does not tell.
+        given: `model.latent_scale`, for a config that leaves the scale open; None if not given.
 
     Raises:
-        ValueError: the config does not tell and nothing is given, or contradicts what is, or one
-            of them is no positive number.
+        ValueError: the config leaves the scale open and `given` is None; the two contradict each
+            other; or one of them is not a positive number.
     """
     value = config.get("scaling_factor", DIFFUSERS_SCALE)
     if not _is_scale(value):
@@ -143,7 +144,7 @@ def latent_scale(config: Mapping[str, Any], *, is_vq: bool, given: float | None 
             "needed, the one that the denoiser was trained with"
         )
     if given is not None and not _is_scale(given):
-        raise ValueError(f"model.latent_scale={given!r} is no scale; use a positive number")
+        raise ValueError(f"model.latent_scale={given!r} cannot be a scale; use a positive number")
     if is_vq and value == DIFFUSERS_SCALE:
         filled_in = config.get("_use_default_values")
         is_named = "scaling_factor" in config and not (
@@ -166,7 +167,7 @@ def latent_scale(config: Mapping[str, Any], *, is_vq: bool, given: float | None 
 
 
 def _is_scale(value: Any) -> bool:
-    """Whether float32 latents can be multiplied by it and divided again."""
+    """Whether it is a number by which float32 latents can be multiplied and divided."""
     float32 = torch.finfo(torch.float32)
     return type(value) in (int, float) and float32.tiny <= value <= float32.max
 

@@ -1,9 +1,9 @@
-"""What the configs of a pipeline's parts must say, so that it is measured as its pipeline draws.
+"""The configs of a pipeline's parts, and the keys in which only one value is supported.
 
-diffusers builds whatever a config.json describes, and its pipelines ignore keys they do not know.
-Here every key that would change how a part has to be called is either what the family expects or
-refused by name. The same checks serve folders, from raw JSON, and pipelines in memory; `docs/
-models.md` lists the keys.
+diffusers builds whatever a config.json describes, and its pipelines ignore keys that they do not
+know. Here, a key that changes how a part must be called has the value that the family expects, or
+is refused by name. The same checks serve folders, from raw JSON, and pipelines in memory;
+docs/models.md lists the keys.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "CLIPTextModel": {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77},
     "T5EncoderModel": {"d_model": 512},
 }  # fmt: skip
-"""What the libraries take for keys that a config leaves out; null for all others."""
+"""Class of a part -> key -> the library's default if a config leaves it out; others are None."""
 
 _SAME_AS = {
     "Transformer2DModel": "DiTTransformer2DModel",
     "CLIPTextModelWithProjection": "CLIPTextModel",
 }
+"""Class -> the class with the same keys in its config, under which the tables here list it."""
 
 _NO_LABELS = "its pipeline gives no class labels; give the model without classes"
 _CONDITIONS = {
@@ -59,10 +60,14 @@ EXPECTED: Mapping[str, Mapping[str, tuple[Any, str]]] = {
         **_CONDITIONS,
         "time_cond_proj_dim": (
             None,
-            "it is told the guidance scale that it was distilled for, and sampling such models is "
-            "not offered; give the model that it was distilled from",
+            "the guidance scale is an input of this distilled model, and sampling such models is "
+            "not supported; give the model that it was distilled from",
         ),
-        "encoder_hid_dim": (None, "it reads other embeddings than those of its text encoder"),
+        "encoder_hid_dim": (
+            None,
+            "it reads other embeddings than those of its text encoder; give a model that reads "
+            "those",
+        ),
         "encoder_hid_dim_type": (
             None,
             "it reads other embeddings than those of its text encoder; take an IP-Adapter off by "
@@ -81,15 +86,15 @@ EXPECTED: Mapping[str, Mapping[str, tuple[Any, str]]] = {
         "lookup_from_codebook": (False, "it decodes tokens; give one that decodes latents"),
     },
 }
-"""Class of a part -> key -> (the only value that is supported, why any other is refused)."""
+"""Class of a part -> key -> (the only supported value, why any other is refused and the cure)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The parts of a pipeline, by their configs alone.
+    """The classes and configs of a pipeline's parts.
 
     Attributes:
-        source: where they are from, as "model.path=FOLDER"; None in memory.
+        source: the model in messages, such as "model.path=FOLDER"; None for one in memory.
         classes: part -> the name of its class.
         configs: part -> its config.
     """
@@ -102,11 +107,11 @@ class Parts:
     def in_memory(
         cls, pipeline: Any, known: Mapping[str, Sequence[str]], optional: Sequence[str] = ()
     ) -> Parts:
-        """Of a pipeline object.
+        """Reads the parts of a pipeline object.
 
         Args:
             pipeline: of diffusers.
-            known: part -> the classes that it may have, with or without their library.
+            known: part -> the classes that it may have, as "Name" or "library.Name".
             optional: parts that may be None.
 
         Raises:
@@ -129,37 +134,39 @@ class Parts:
         return cls(source=None, classes=classes, configs=configs)
 
     def value(self, part: str, key: str) -> Any:
-        """Of a config, the library's own default where it leaves the key out."""
+        """The value of a key; if the config leaves it out, the default of `DEFAULTS` or None."""
         config = self.configs[part]
-        config = config.get("text_config") or config  # of a whole CLIP
-        return config[key] if key in config else self._defaults(part).get(key)
+        config = config.get("text_config") or config  # the config of a whole CLIP holds both towers
+        if key in config:
+            return config[key]
+        return DEFAULTS.get(self._listed_class(part), {}).get(key)
 
     def integer(self, part: str, key: str) -> int:
-        """The same, refused unless it counts something."""
+        """As `value`; anything but an integer of 1 or more is refused."""
         value = self.value(part, key)
         if type(value) is not int or value < 1:
             self.refuse(part, key, "an integer of 1 or more is needed; save the model again")
         return value
 
     def number(self, part: str, key: str) -> float:
-        """The same, refused unless it is finite."""
+        """As `value`; anything but a finite number is refused."""
         value = self.value(part, key)
         if type(value) not in (int, float) or not math.isfinite(value):
             self.refuse(part, key, "a finite number is needed; give that of its training")
         return float(value)
 
     def length(self, part: str, key: str) -> int:
-        """Of a list of widths."""
+        """The length of a list of widths; anything but a list with entries is refused."""
         value = self.value(part, key)
         if not isinstance(value, (list, tuple)) or not value:
             self.refuse(part, key, "a list with a width for each level is needed")
         return len(value)
 
     def refuse(self, part: str, key: str, why: str) -> NoReturn:
-        """Raises for a key.
+        """Refuses the value of a key.
 
         Args:
-            part: it belongs to.
+            part: to which the key belongs.
             key: of its config.
             why: the reason and the cure.
 
@@ -172,26 +179,24 @@ class Parts:
 
     @property
     def named(self) -> str:
-        """For messages."""
+        """The model's name in messages."""
         return self.source or "the pipeline"
 
     def is_a(self, part: str, class_name: str) -> bool:
-        """Whether a part is of a class, or of one that is configured alike."""
-        own = self.classes[part]
-        return _SAME_AS.get(own, own) == class_name
+        """Whether a part is of a class, or of one with the same keys in its config."""
+        return self._listed_class(part) == class_name
 
     def check_expected(self, part: str) -> None:
-        """Refuses what the part's class may be told but no pipeline here provides for.
+        """Refuses values that `EXPECTED` does not allow for the part's class.
 
         Raises:
             ValueError: naming the key.
         """
-        own = self.classes[part]
-        for key, (only, why) in EXPECTED.get(_SAME_AS.get(own, own), {}).items():
+        for key, (only, why) in EXPECTED.get(self._listed_class(part), {}).items():
             self.check(part, key, only, why)
 
     def check(self, part: str, key: str, only: Any, why: str) -> None:
-        """Refuses any other value of a key; one that is left out counts as the right one.
+        """Refuses a key with another value than `only`; a config may leave the key out.
 
         Raises:
             ValueError: naming the key.
@@ -200,9 +205,10 @@ class Parts:
         if given != only or type(given) is not type(only):
             self.refuse(part, key, why)
 
-    def _defaults(self, part: str) -> Mapping[str, Any]:
+    def _listed_class(self, part: str) -> str:
+        """The class under which the tables list a part."""
         own = self.classes[part]
-        return DEFAULTS.get(_SAME_AS.get(own, own), {})
+        return _SAME_AS.get(own, own)
 
 
 def _config_in_memory(part: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Whether the parts of a pipeline fit together, and which latents they draw."""
+"""Checks that the parts of a pipeline fit together, and finds the shape of its latents."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from invmm.models.components import Parts
 _MORE_INPUTS = {
     1: "a depth map", 3: "a small image", 4: "an image", 5: "a mask and an image (inpainting)",
 }  # fmt: skip
-"""Further channels of U-Nets that edit pictures."""
+"""Number of extra input channels -> what U-Nets that edit or enlarge pictures read from them."""
 
 
 def square_side(parts: Parts, denoiser: str, given: int | None, pixels_per_latent: int) -> int:
-    """Side of the latents (or pixels) that a denoiser is to draw.
+    """Side of the latents (of the pixels without an autoencoder) that a denoiser is to draw.
 
     Args:
         parts: of the pipeline.
@@ -24,7 +24,7 @@ def square_side(parts: Parts, denoiser: str, given: int | None, pixels_per_laten
         pixels_per_latent: of the autoencoder; 1 without one.
 
     Raises:
-        ValueError: there is no square side, or the denoiser cannot draw it.
+        ValueError: the size is unknown or not square, or the denoiser cannot draw it.
     """
     if given is None:
         side = parts.value(denoiser, "sample_size")
@@ -48,10 +48,10 @@ def square_side(parts: Parts, denoiser: str, given: int | None, pixels_per_laten
 
 
 def check_channels(parts: Parts, denoiser: str, autoencoder: str) -> int:
-    """Channels of a latent, on which denoiser and autoencoder agree.
+    """The number of channels of a latent, the same for denoiser and autoencoder.
 
     Raises:
-        ValueError: they do not.
+        ValueError: their configs name different numbers.
     """
     channels = parts.integer(denoiser, "in_channels")
     key = "latent_channels"
@@ -61,17 +61,17 @@ def check_channels(parts: Parts, denoiser: str, autoencoder: str) -> int:
         more = _MORE_INPUTS.get(channels - latent_channels)
         parts.refuse(
             denoiser, "in_channels",
-            f"it wants {more} beside the noisy latents; give a model that draws without" if more
+            f"it reads {more} beside the noisy latents; give a model that needs none" if more
             else f"the {autoencoder} has {key}={latent_channels}; give the autoencoder that the "
             "model was trained with",
         )  # fmt: skip
     outputs = parts.value(denoiser, "out_channels")
     learned = (2 * channels,) if parts.is_a(denoiser, "DiTTransformer2DModel") else ()
-    nothing = (None,) if "Transformer" in parts.classes[denoiser] else ()
-    if outputs not in (channels, *learned, *nothing):
+    as_inputs = (None,) if "Transformer" in parts.classes[denoiser] else ()
+    if outputs not in (channels, *learned, *as_inputs):
         parts.refuse(
-            denoiser, "out_channels", f"its pipeline takes {channels}, as many as go in; give a "
-            "model without a learned variance",
+            denoiser, "out_channels", f"its pipeline needs {channels}, as many as in_channels; "
+            "give a model without a learned variance",
         )  # fmt: skip
     return channels
 
@@ -82,8 +82,8 @@ def check_autoencoder(parts: Parts, name: str, *, shift: bool, statistics: bool)
     Args:
         parts: of the pipeline.
         name: of the autoencoder.
-        shift: whether the pipeline looks at `shift_factor`.
-        statistics: whether it looks at `latents_mean` and `latents_std`.
+        shift: whether the pipeline reads `shift_factor`.
+        statistics: whether it reads `latents_mean` and `latents_std`.
 
     Raises:
         ValueError: naming the key.
@@ -100,11 +100,16 @@ def check_autoencoder(parts: Parts, name: str, *, shift: bool, statistics: bool)
     count = parts.integer(name, "latent_channels")
     for key, numbers in values.items():
         if not _are_numbers(numbers, count) or (key == "latents_std" and min(numbers) <= 0):
-            parts.refuse(name, key, f"{count} finite numbers are needed, deviations above 0")
+            parts.refuse(
+                name,
+                key,
+                f"{count} finite numbers are needed, above 0 for "
+                "latents_std; give those of its training",
+            )
 
 
 def check_text_width(parts: Parts, denoiser: str, encoders: Sequence[str]) -> None:
-    """Refuses a U-Net that reads embeddings of another width than its text encoders write.
+    """Refuses a U-Net whose cross_attention_dim is not the width of its text encoders' embeddings.
 
     Raises:
         ValueError: naming the key.
@@ -115,12 +120,12 @@ def check_text_width(parts: Parts, denoiser: str, encoders: Sequence[str]) -> No
         if one != width:
             parts.refuse(
                 denoiser, "cross_attention_dim",
-                f"its text encoders write {width}; give the text encoders of its training",
+                f"its text encoders return {width}; give the text encoders of its training",
             )  # fmt: skip
 
 
 def check_tokenizers(parts: Parts) -> None:
-    """Refuses tokenizers that write more tokens than their CLIP text encoder has places for.
+    """Refuses tokenizers whose prompts may be longer than their CLIP text encoder can read.
 
     Raises:
         ValueError: naming the key.
@@ -129,16 +134,17 @@ def check_tokenizers(parts: Parts) -> None:
         encoder = name.replace("tokenizer", "text_encoder")
         if encoder == name or not parts.is_a(encoder, "CLIPTextModel"):
             continue
-        places = parts.integer(encoder, "max_position_embeddings")
-        if parts.integer(name, "model_max_length") > places:
+        longest = parts.integer(encoder, "max_position_embeddings")
+        if parts.integer(name, "model_max_length") > longest:
             parts.refuse(
                 name, "model_max_length",
-                f"the {encoder} has {places} places; set it to {places} (tokenizer_config.json)",
+                f"the {encoder} reads {longest} tokens; set it to {longest} in "
+                "tokenizer_config.json",
             )  # fmt: skip
 
 
 def _check_side(parts: Parts, denoiser: str, side: int, pixels_per_latent: int) -> None:
-    """Sizes that the denoiser's architecture cannot take."""
+    """Refuses sizes that the denoiser's architecture cannot draw."""
     unit = 1
     if parts.is_a(denoiser, "UNet2DModel"):
         unit = 2 ** (parts.length(denoiser, "block_out_channels") - 1)
@@ -157,7 +163,7 @@ def _check_side(parts: Parts, denoiser: str, side: int, pixels_per_latent: int) 
         pixels = largest * unit * pixels_per_latent
         parts.refuse(
             denoiser, "pos_embed_max_size",
-            f"it has no places for {side // unit}x{side // unit} patches; use model.image_size="
+            f"it has no positions for {side // unit}x{side // unit} patches; use model.image_size="
             f"{pixels} or less",
         )  # fmt: skip
 

@@ -36,10 +36,10 @@ class LatentNetwork:
         device: where it runs.
         posterior: see `Codec`; None takes the family's.
         latent_scale: see `invmm.models.codec.latent_scale`.
-        image_size: side of its images; None takes what the denoiser was made for.
+        image_size: side of its images in pixels; None takes the denoiser's sample_size.
 
     Raises:
-        ValueError: its parts do not fit together, or want what the family does not provide.
+        ValueError: its parts do not fit together, or need inputs that the family does not provide.
 
     Attributes:
         family: which pipelines, of which parts.
@@ -74,17 +74,17 @@ class LatentNetwork:
 
     @classmethod
     def parts_of(cls, pipeline: Any) -> Parts:
-        """The configs of a pipeline object; its scheduler is none of them."""
+        """The configs of a pipeline object's parts, without the scheduler."""
         known = {name: own for name, own in cls.family.parts.items() if name != "scheduler"}
         return Parts.in_memory(pipeline, known, cls.family.optional)
 
     @classmethod
     def checked_shape(cls, parts: Parts, image_size: int | None) -> tuple[int, int, int]:
-        """(C, H, W) of a latent of parts that fit together.
+        """Checks that parts fit together, and returns the shape (C, H, W) of a latent.
 
         Args:
             parts: of a pipeline on disk or in memory.
-            image_size: side of its images; None takes what the denoiser was made for.
+            image_size: side of its images in pixels; None takes the denoiser's sample_size.
 
         Raises:
             ValueError: naming the part, the key, the value and the cure.
@@ -103,7 +103,7 @@ class LatentNetwork:
 
     @staticmethod
     def check_condition(parts: Parts) -> None:
-        """Refuses parts that do not agree on the condition; nothing to say without one.
+        """Refuses parts that do not agree on the condition; does nothing for models without one.
 
         Raises:
             ValueError: naming the part, the key, the value and the cure.
@@ -211,7 +211,7 @@ class Dit(LatentNetwork):
 
     @staticmethod
     def check_condition(parts: Parts) -> None:
-        """See `LatentNetwork`: the number of classes."""
+        """See `LatentNetwork`: the number of classes must be an integer."""
         parts.integer("transformer", "num_embeds_ada_norm")
 
     def condition(self, prompt: str | int | None) -> Condition:

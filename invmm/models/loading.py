@@ -28,15 +28,15 @@ PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 """Pipelines that hold a pixel U-Net."""
 
 BARE = " and a bare UNet2DModel folder"
-"""What else may hold one, for errors."""
+"""Ends the list of supported pipelines in errors."""
 
 COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "unet": ("UNet2DModel",),
     "scheduler": tuple(name.removeprefix("diffusers.") for name in SCHEDULERS),
 }
-"""Their parts, and the classes whose config means a schedule of betas and a plain U-Net."""
+"""The parts of these pipelines -> the classes that they may have."""
 
-_OF_FILES = (
+_FOLDERS_ONLY = (
     "models are folders as save_pretrained writes them; convert a single checkpoint by diffusers' "
     "from_single_file(...).save_pretrained(FOLDER), or give a LoRA as model.lora"
 )
@@ -108,7 +108,7 @@ def open_folder(
         )
     unet_config = read_json(unet / "config.json")
     if (own := unet_config.get("_class_name")) != "UNet2DModel":
-        part = "; a part of a pipeline is measured with the others: give the pipeline's folder"
+        part = "; a part of a pipeline cannot be measured alone: give the pipeline's folder"
         raise ValueError(
             f"model.path={path} holds a {own}; supported is UNet2DModel{part if own else ''}"
         )
@@ -141,7 +141,7 @@ def fetched(path: str, *, revision: str | None, variant: str | None, weights: bo
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ValueError(f"model.path={path} is a file, and {_OF_FILES}")
+        raise ValueError(f"model.path={path} is a file, and {_FOLDERS_ONLY}")
     if not weights and revision is None and known_architecture(path) is not None:
         return _described(path)
     return _download(path, revision, variant if weights else None, weights=weights)
@@ -193,7 +193,10 @@ def load_unet(folder: ModelFolder, *, variant: str | None, dtype: Any) -> Any:
 
 
 def _refuse_part_of_latent_pipeline(path: str, folder: Path) -> None:
-    """A U-Net on latents of three channels looks like one on pixels, but for where it lies."""
+    """Refuses the U-Net of a latent pipeline, as the index in the folder above it tells.
+
+    With latents of three channels, its own config looks like that of a U-Net on pixels.
+    """
     beside = folder.resolve().parent
     if not (beside / "model_index.json").is_file():
         return
@@ -206,7 +209,7 @@ def _refuse_part_of_latent_pipeline(path: str, folder: Path) -> None:
 
 
 def check_components(source: str, index: Mapping[str, Any]) -> None:
-    """Refuses what no pixel model consists of.
+    """Refuses pipelines that are not just a U-Net on pixels and a supported scheduler.
 
     Args:
         source: whose index it is, as errors name it.
@@ -225,15 +228,15 @@ def check_components(source: str, index: Mapping[str, Any]) -> None:
         if value not in [["diffusers", known] for known in COMPONENTS[name]]:
             joined = ".".join(map(str, value)) if isinstance(value, list) else str(value)
             raise ValueError(
-                f"{source} wants its {name} to be {value!r}{reason_against(name, joined)}; "
+                f"{source} names {value!r} as its {name}{reason_against(name, joined)}; "
                 f"supported are diffusers' {', '.join(COMPONENTS[name])}"
             )
 
 
 def scheduler_json(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
-    """The scheduler's config, under the class that diffusers builds of it.
+    """The scheduler's config, with the class that the pipeline uses as `_class_name`.
 
-    That is the one which the index names; only a DDIMPipeline makes a DDIMScheduler of any.
+    It is the class in the index, except that a DDIMPipeline converts any to a DDIMScheduler.
     """
     config = read_json(folder / "scheduler_config.json")
     is_converted = index["_class_name"] == "DDIMPipeline"

@@ -1,4 +1,4 @@
-"""LoRA weights on a pipeline: every one of them in its place, or the reason why not."""
+"""Loads LoRA weights into a pipeline; refuses files of which any weight fits no layer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 
 def check_lora(path: str) -> None:
-    """Refuses what is no file of weights.
+    """Refuses a path that is not a safetensors file; does not open it.
 
     Raises:
-        ValueError: naming what is there instead.
+        ValueError: it is a folder, missing, or a file of another kind.
     """
     file = Path(path)
     if file.is_dir():
@@ -28,10 +28,10 @@ def check_lora(path: str) -> None:
 
 
 def add_lora(pipeline: Any, path: str) -> None:
-    """Loads LoRA weights, every one of which must find its place.
+    """Loads LoRA weights into a pipeline; every weight must belong to a layer of it.
 
     Raises:
-        ValueError: no safetensors file, or some of its weights belong to no layer.
+        ValueError: it is not a safetensors file, or some of its weights belong to no layer.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -56,7 +56,7 @@ def add_lora(pipeline: Any, path: str) -> None:
 
 
 def _cause(pipeline: Any, keys: Sequence[str]) -> str:
-    """Why some weights found no layer, and the cure."""
+    """Why some weights belong to no layer, and the cure."""
     parts = _parts(pipeline)
     layers = {name: {layer for layer, _ in part.named_modules()} for name, part in parts.items()}
     flat = {layer.replace(".", "_") for own in layers.values() for layer in own}
@@ -64,6 +64,7 @@ def _cause(pipeline: Any, keys: Sequence[str]) -> str:
     for key in keys:
         layer = re.split(r"\.(?:lora|dora|hada|lokr)", key)[0]
         name, _, inner = layer.partition(".")
+        # kohya's scripts join the names of a layer with underscores.
         kohya = re.fullmatch(r"lora_(?:unet|te\d?|transformer)_(.*)", layer)
         if not kohya and name not in layers:
             foreign.add(name)

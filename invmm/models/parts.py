@@ -61,7 +61,8 @@ class Family:
             index: of a folder, or `index_of` a pipeline in memory.
 
         Raises:
-            ValueError: a part that the family does not have, or of another class.
+            ValueError: a part is of another class or unknown to the family, or a setting is not
+                supported.
         """
         if index.get("requires_aesthetics_score"):
             raise ValueError(
@@ -89,7 +90,7 @@ class Family:
             joined = ".".join(map(str, value)) if isinstance(value, list) else str(value)
             if joined not in classes:
                 raise ValueError(
-                    f"{source} wants its {name} to be {value!r}{reason_against(name, joined)}; "
+                    f"{source} names {value!r} as its {name}{reason_against(name, joined)}; "
                     f"supported are {', '.join(classes)}"
                 )
             found[name] = joined
@@ -99,16 +100,16 @@ class Family:
 def pipeline_name(
     source: str, index: Mapping[str, Any], known: Collection[str], also: str = ""
 ) -> str:
-    """The class of a pipeline, one of those known.
+    """The class name of a pipeline; refused unless it is a known one.
 
     Args:
         source: whose it is, as errors name it.
         index: of a folder, or `index_of` a pipeline in memory.
-        known: class names.
-        also: what else would be supported, for the error.
+        known: names of the supported classes.
+        also: further words after these names in the error.
 
     Raises:
-        ValueError: another class, or one that a repository brings with it.
+        ValueError: another class, or one whose code comes with the repository.
     """
     name = index.get("_class_name")
     if isinstance(name, (list, dict)):
@@ -123,13 +124,13 @@ def pipeline_name(
 
 
 def index_of(pipeline: Any) -> dict[str, Any]:
-    """What the model_index.json of a pipeline in memory would say; compiled parts count as plain.
+    """The model_index.json of a pipeline in memory; compiled parts have their plain classes.
 
-    Subclasses go by their own names: what they change is not known.
+    A subclass from elsewhere has its full name, and so is refused: what it changes is unknown.
     """
     own = type(pipeline)
-    is_theirs = own.__module__.partition(".")[0] in ("diffusers", "builtins")
-    name = own.__name__ if is_theirs else f"{own.__module__}.{own.__name__}"
+    is_diffusers = own.__module__.partition(".")[0] in ("diffusers", "builtins")
+    name = own.__name__ if is_diffusers else f"{own.__module__}.{own.__name__}"
     index: dict[str, Any] = {"_class_name": name}
     for name, part in getattr(pipeline, "components", {}).items():
         plain = type(getattr(part, "_orig_mod", part))
@@ -138,7 +139,7 @@ def index_of(pipeline: Any) -> dict[str, Any]:
 
 
 def reason_against(part: str, class_name: str) -> str:
-    """Why a class is none of the supported ones, in brackets; "" if there is no more to say."""
+    """Why a scheduler's class is not supported, in brackets; "" for any other part."""
     return f" ({why_refused(class_name)})" if part == "scheduler" else ""
 
 
@@ -218,13 +219,13 @@ _WEIGHT_FILE = re.compile(r"[^.]+?(?:\.([^.]+?))?(?:-\d+-of-\d+)?\.safetensors")
 
 
 def no_weights(path: str, folder: Path, part: str | None, variant: str | None) -> ValueError:
-    """Why a folder has no weights that can be loaded, and the cure.
+    """The error for a folder without weights that can be loaded, with the reason and the cure.
 
     Args:
         path: of the model, as the user gave it.
-        folder: that should hold them.
+        folder: in which the weights were expected.
         part: of a pipeline; None for a bare network.
-        variant: that was asked for.
+        variant: that the user asked for, such as fp16.
     """
     files = [file.name for file in sorted(folder.glob("*")) if file.is_file()]
     found = {match.group(1) for name in files if (match := _WEIGHT_FILE.fullmatch(name))}
@@ -242,7 +243,7 @@ def no_weights(path: str, folder: Path, part: str | None, variant: str | None) -
         cure = "save the model with safetensors"
     if found:
         has = [f"variant {one}" if one else "no variant" for one in sorted(found, key=str)]
-        cure = f"those there are of {', '.join(has)}; {cure}, all parts being of one variant"
+        cure = f"its files are of {', '.join(has)}; {cure}, the same for all parts"
     named = f"the {part} of model.path={path}" if part else f"model.path={path}"
     return ValueError(f"{named} has no safetensors files{wanted} in {folder}: {cure}")
 

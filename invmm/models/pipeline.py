@@ -11,9 +11,9 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from invmm.diffusion.schedule import NoiseSchedule, readable
+from invmm.diffusion.schedule import NoiseSchedule, read_scheduler
 from invmm.diffusion.scheduler_config import check_config
-from invmm.files import file_sha256
+from invmm.files import file_sha256, json_digest
 from invmm.models.adapter import ModelInfo
 from invmm.models.codec import Posterior, latent_scale
 from invmm.models.components import Parts
@@ -29,6 +29,12 @@ from invmm.models.trial import as_a_fault, check_shape, try_out
 _CLIP_TOKENS = 77
 _RENAMED = {"Transformer2DModel", "DiTTransformer2DModel"}
 
+_FITTING: set[str] = set()
+"""Digests of configs whose parts this process found to fit together.
+
+Trying out SDXL takes ten seconds, and a config is checked before each job and again within it.
+"""
+
 NETWORKS: tuple[type[LatentNetwork], ...] = (
     LatentDiffusion,
     Dit,
@@ -39,7 +45,7 @@ NETWORKS: tuple[type[LatentNetwork], ...] = (
 """Every family; one more is one more class here."""
 
 PIPELINES = {name: network for network in NETWORKS for name in network.family.pipelines}
-"""Pipeline class name -> the network that it becomes."""
+"""Pipeline class name -> the class that runs it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +60,9 @@ class LatentPipeline:
         lora: a safetensors file with LoRA weights for the denoiser and text encoders.
         posterior: which latents stand for an image; null takes the family's (paper: the mode,
             for Stable Diffusion 3 a sample).
-        latent_scale: factor of the latents of a VQ autoencoder whose config does not tell it: 1
-            for latents as they are encoded (paper).
+        latent_scale: factor of the latents of a VQ autoencoder whose config leaves it open; 1 for
+            latents as they are encoded (paper).
+        image_size: side of the images in pixels; null takes the denoiser's sample_size.
         vae_slicing: decode image after image, for less memory.
         vae_tiling: decode tile after tile, for large images.
     """
@@ -76,7 +83,7 @@ class LatentPipeline:
         folder = self._folder(weights=False)
         family = folder.network.family
         shape, factor = self._latent_shape(folder), folder.pixels_per_latent
-        num_train_timesteps, prediction_type = readable(
+        num_train_timesteps, prediction_type = read_scheduler(
             f"model.path={self.path}", lambda: check_config(folder.scheduler())
         )
         files = [file for files in self._weights(folder).values() for file in files]
@@ -94,25 +101,30 @@ class LatentPipeline:
     def schedule(self) -> NoiseSchedule:
         """See `ModelRecipe`."""
         config = self._folder(weights=False).scheduler()
-        return readable(f"model.path={self.path}", lambda: NoiseSchedule.from_config(config))
+        return read_scheduler(f"model.path={self.path}", lambda: NoiseSchedule.from_config(config))
 
     def try_out(self) -> None:
-        """Runs its parts on shapes alone.
+        """Runs its parts on the meta device, without weights.
 
         Raises:
-            ValueError: they do not work together.
+            ValueError: they do not fit together.
         """
         folder = self._folder(weights=False)
-        family, network = folder.network.family, folder.network
+        family, network, shape = folder.network.family, folder.network, self._latent_shape(folder)
+        configs = folder.parts(self.path).configs
+        tried = json_digest({"classes": folder.classes, "configs": configs, "shape": shape})
+        if tried in _FITTING:
+            return
         condition = network.blank_condition(folder.config(family.denoiser), 1, folder.num_tokens)
         meta = {name: value.to("meta") for name, value in condition.items()}
         try_out(
             f"model.path={self.path}",
             lambda: (folder.blank(family.denoiser), folder.blank(family.autoencoder)),
             lambda denoiser, latents, steps: network.evaluate(denoiser, latents, steps, meta),
-            self._latent_shape(folder),
+            shape,
             folder.pixels_per_latent,
         )
+        _FITTING.add(tried)
 
     def call_cost(self, rows: int, execution: Execution) -> CallCost:
         """See `ModelRecipe`."""
@@ -185,7 +197,7 @@ class LatentPipeline:
         return folder.network.checked_shape(folder.parts(self.path), self.image_size)
 
     def _latent_scale(self, folder: PipelineFolder) -> float:
-        """From the JSON, before diffusers fills in what it lacks."""
+        """Read from the JSON, as diffusers fills in missing keys when it loads a part."""
         name = folder.network.family.autoencoder
         is_vq = folder.classes[name].endswith("VQModel")
         return latent_scale(folder.config(name), is_vq=is_vq, given=self.latent_scale)
@@ -219,7 +231,7 @@ class PipelineFolder:
     Attributes:
         path: of the folder.
         pipeline: its class name.
-        network: what it becomes.
+        network: the class that runs it.
         index: its model_index.json.
         classes: part -> "library.Class".
     """
@@ -241,7 +253,7 @@ class PipelineFolder:
             path: as the user gave it.
 
         Raises:
-            ValueError: a config is missing, no JSON, or of another class than the index says.
+            ValueError: a config is missing, is not JSON, or names another class than the index.
         """
         names = [name for name in self.classes if name != "scheduler"]
         classes = {name: self.classes[name].rpartition(".")[2] for name in names}
@@ -284,7 +296,7 @@ class PipelineFolder:
         return blank.eval().requires_grad_(False)
 
     def scheduler(self) -> Mapping[str, Any]:
-        """The scheduler's config, as it was trained."""
+        """The scheduler's config, see `scheduler_json`."""
         return scheduler_json(self.path / "scheduler", self.index)
 
 

@@ -1,4 +1,4 @@
-"""Unconditional pixel-space models: a U-Net whose latents are the pixels themselves."""
+"""Pixel-space models, with or without classes: a U-Net whose latents are the pixels themselves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from invmm.diffusion.schedule import NoiseSchedule, readable, schedule_of
+from invmm.diffusion.schedule import NoiseSchedule, read_scheduler, schedule_of
 from invmm.diffusion.scheduler_config import TRAINED_KEYS, check_config
 from invmm.engine.requests import Condition
 from invmm.files import file_sha256
@@ -48,7 +48,7 @@ class PixelUNet:
         image_size: side of its images in pixels; null takes the network's sample_size.
 
     Raises:
-        ValueError: a key of the noise schedule that means nothing.
+        ValueError: an unknown key of the noise schedule.
     """
 
     path: str
@@ -69,7 +69,7 @@ class PixelUNet:
         """Reads JSON only; see `ModelRecipe`."""
         folder = self._folder(weights=False)
         latent_shape = self._latent_shape(folder)
-        num_train_timesteps, prediction_type = readable(
+        num_train_timesteps, prediction_type = read_scheduler(
             self._source, lambda: check_config(self._trained(folder))
         )
         on_disk = folder.path == Path(self.path).expanduser()
@@ -87,13 +87,13 @@ class PixelUNet:
     def schedule(self) -> NoiseSchedule:
         """See `ModelRecipe`."""
         trained = self._trained(self._folder(weights=False))
-        return readable(self._source, lambda: NoiseSchedule.from_config(trained))
+        return read_scheduler(self._source, lambda: NoiseSchedule.from_config(trained))
 
     def try_out(self) -> None:
-        """Runs the network on shapes alone.
+        """Runs the network on the meta device, without weights.
 
         Raises:
-            ValueError: its config describes none that works.
+            ValueError: its config describes no network that works.
         """
         folder = self._folder(weights=False)
         try_out_pixels(f"model.path={self.path}", folder.unet_config, self._latent_shape(folder))
@@ -215,7 +215,7 @@ class PixelNetwork:
         return {"class_labels": class_label(prompt, count).to(self.device)}
 
     def negative(self, prompt: str) -> Condition | None:
-        """See `LoadedNetwork`: no class stands for no class."""
+        """See `LoadedNetwork`: there is no unconditional class."""
         return None
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -231,10 +231,10 @@ class PixelNetwork:
 
 
 def try_out_pixels(named: str, config: Mapping[str, Any], shape: tuple[int, int, int]) -> None:
-    """Runs a U-Net of this config on shapes alone; see `try_out`.
+    """Runs a U-Net of this config on the meta device; see `try_out`.
 
     Raises:
-        ValueError: there is no such U-Net.
+        ValueError: the config describes no U-Net that works.
     """
     from diffusers import UNet2DModel
 
@@ -253,7 +253,7 @@ def _latent_shape(parts: Parts, image_size: int | None) -> tuple[int, int, int]:
     """(C, H, W) of the pixels that a U-Net draws.
 
     Raises:
-        ValueError: its config asks for more than pixels, timesteps and class labels.
+        ValueError: its inputs are not just pixels, timesteps and class labels.
     """
     for key in ("time_embedding_type", "class_embed_type"):
         only, _ = EXPECTED["UNet2DModel"][key]

@@ -43,7 +43,9 @@ class StableDiffusion(LatentNetwork):
     @staticmethod
     def check_condition(parts: Parts) -> None:
         """See `LatentNetwork`: the U-Net reads the prompt's embeddings and nothing else."""
-        why = "its pipeline gives nothing but the prompt's embeddings; give the model of a pipeline"
+        why = (
+            "its pipeline gives it the prompt's embeddings only; give a model that needs no others"
+        )
         parts.check("unet", "addition_embed_type", None, why)
         check_text_width(parts, "unet", ["text_encoder"])
 
@@ -98,17 +100,17 @@ class StableDiffusionXL(LatentNetwork):
 
     @staticmethod
     def check_condition(parts: Parts) -> None:
-        """See `LatentNetwork`: the added embedding is of the second encoder and six sizes."""
+        """See `LatentNetwork`: the added embedding holds the pooled prompt and six sizes."""
         key = "projection_class_embeddings_input_dim"
-        why = "a U-Net of SDXL is told the pooled prompt and the sizes of the image (text_time)"
+        why = "a U-Net of SDXL reads the pooled prompt and the sizes of the image (text_time)"
         if parts.value("unet", "addition_embed_type") != "text_time":
             parts.refuse("unet", "addition_embed_type", f"{why}; give the U-Net of an SDXL model")
         sizes = 6 * parts.integer("unet", "addition_time_embed_dim")
         expected = sizes + parts.integer("text_encoder_2", "projection_dim")
         if parts.integer("unet", key) != expected:
             parts.refuse(
-                "unet", key, f"the prompt and six sizes take {expected}; a refiner is told an "
-                "aesthetic score instead: give the base model",
+                "unet", key, f"the pooled prompt and six sizes take {expected}; a refiner reads "
+                "an aesthetic score instead: give the base model",
             )  # fmt: skip
         check_text_width(parts, "unet", ["text_encoder", "text_encoder_2"])
 
@@ -204,7 +206,7 @@ class StableDiffusion3(LatentNetwork):
         if parts.integer("transformer", "pooled_projection_dim") != pooled:
             parts.refuse(
                 "transformer", "pooled_projection_dim",
-                f"its text encoders write {pooled}; give the text encoders of its training",
+                f"its text encoders return {pooled}; give the text encoders of its training",
             )  # fmt: skip
         width = parts.integer("transformer", "joint_attention_dim")
         needed = sum(parts.integer(name, "hidden_size") for name in both)
@@ -212,7 +214,7 @@ class StableDiffusion3(LatentNetwork):
         if width < needed or t5 not in (0, width):
             parts.refuse(
                 "transformer", "joint_attention_dim",
-                f"its text encoders write {t5 or needed}; give the text encoders of its training",
+                f"its text encoders return {t5 or needed}; give the text encoders of its training",
             )  # fmt: skip
 
     def condition(self, prompt: str | int | None) -> Condition:
@@ -262,7 +264,7 @@ class StableDiffusion3(LatentNetwork):
 
 
 def _text_width(config: Mapping[str, Any]) -> int:
-    """Of the embeddings that a U-Net reads, which may be told for each of its blocks."""
+    """Width of the embeddings that a U-Net reads; its config may list it for each block."""
     width = config.get(
         "cross_attention_dim", DEFAULTS["UNet2DConditionModel"]["cross_attention_dim"]
     )

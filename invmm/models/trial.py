@@ -1,4 +1,4 @@
-"""Running a model's parts on shapes alone, so that what cannot work is refused before it starts."""
+"""Runs a model's parts on the meta device, to refuse parts that do not fit before weights load."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @contextmanager
 def as_a_fault(named: str) -> Iterator[None]:
-    """Turns whatever foreign configs make the libraries raise into one line.
+    """Turns any exception that a foreign config makes the libraries raise into one line.
 
     Args:
         named: the model, for messages.
@@ -37,17 +37,17 @@ def try_out(
     shape: tuple[int, int, int],
     pixels_per_latent: int = 1,
 ) -> None:
-    """Denoises, decodes and encodes one row on the meta device; nothing is computed.
+    """Denoises, encodes and decodes one row on the meta device; only shapes are computed.
 
     Args:
         named: the model, for messages.
-        build: the denoiser and its autoencoder, or None without one; called on the meta device.
+        build: returns the denoiser and the autoencoder (None without one); called on that device.
         denoise: (denoiser, latents, timesteps) -> its raw output.
         shape: (C, H, W) of a latent.
         pixels_per_latent: side of the square of pixels that one latent stands for.
 
     Raises:
-        ValueError: they cannot be built or called, or what they return has another shape.
+        ValueError: the parts cannot be built or called, or an output has an unexpected shape.
     """
     channels, height, width = shape
     picture = (1, 3, height * pixels_per_latent, width * pixels_per_latent)
@@ -70,12 +70,12 @@ def check_shape(named: str, part: str, output: Tensor, wanted: tuple[int, ...]) 
 
     Args:
         named: the model, for messages.
-        part: that returned it.
-        output: of one row.
-        wanted: its shape.
+        part: that returned the output.
+        output: for one row.
+        wanted: the shape that the next part needs.
 
     Raises:
-        ValueError: it has another one.
+        ValueError: the shapes differ.
     """
     if tuple(output.shape) != wanted:
         raise ValueError(

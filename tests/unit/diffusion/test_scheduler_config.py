@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from invmm.diffusion.schedule import NoiseSchedule, readable
+from invmm.diffusion.schedule import NoiseSchedule, read_scheduler
 from invmm.diffusion.scheduler_config import check_config, resolved
 
 EULER, DPM = "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"
@@ -63,9 +63,9 @@ REFUSED = {
     "flow beta": (of(FLOW, use_beta_sigmas=True), "use_beta_sigmas=true"),
     "flow exponential": (of(FLOW, use_exponential_sigmas=True), "use_exponential_sigmas=true"),
     "stochastic": (of(FLOW, stochastic_sampling=True), "stochastic_sampling=true"),
-    "no shift": (of(FLOW, shift=0), "shift=0 is no shift"),
-    "shift as text": (of(FLOW, shift="3"), "shift='3' is no shift"),
-    "shift nan": (of(FLOW, shift=float("nan")), "shift=nan is no shift"),
+    "no shift": (of(FLOW, shift=0), "shift=0 cannot be the shift"),
+    "shift as text": (of(FLOW, shift="3"), "shift='3' cannot be the shift"),
+    "shift nan": (of(FLOW, shift=float("nan")), "shift=nan cannot be the shift"),
     "zero snr": (of("DDIMScheduler", rescale_betas_zero_snr=True),
                  "rescale_betas_zero_snr=true leaves no signal .*v_prediction, as the model was"),
     "no timesteps": (of(EULER, num_train_timesteps=0), "num_train_timesteps=0; use 1 to 10000"),
@@ -74,7 +74,7 @@ REFUSED = {
     "other length": (of(EULER, trained_betas=[0.1] * 50), "use num_train_timesteps=50"),
     "betas as text": (of(EULER, trained_betas="0.1"), "trained_betas='0.1' is no list"),
     "beta as number": (of(EULER, trained_betas=0.1), r"trained_betas=0\.1 is no list"),
-    "consistency": (of("LCMScheduler"), "LCMScheduler is not supported: it draws from distilled"),
+    "consistency": (of("LCMScheduler"), "LCMScheduler is not supported: it samples distilled"),
     "edm": (of("EDMEulerScheduler", sigma_max=80), "EDMEulerScheduler is not supported"),
     "list": (of(["my_code", "DDIMScheduler"]), "my_code"),  # pyright: ignore[reportArgumentType]
 }  # fmt: skip
@@ -85,7 +85,7 @@ BUILT = {
                         "beta_schedule=sigmoid is unknown to EulerDiscreteScheduler; use linear"),
     "ignored zero snr": (
         of("HeunDiscreteScheduler", rescale_betas_zero_snr=True, prediction_type="v_prediction"),
-        "rescale_betas_zero_snr=true means nothing to a HeunDiscreteScheduler.*DDIMScheduler"),
+        "rescale_betas_zero_snr=true is ignored by the HeunDiscreteScheduler.*DDIMScheduler"),
     "negative": (of(EULER, beta_start=-0.1), "the betas reach from -0.1 to 0.02"),
     "above one": (of(EULER, beta_end=2.0), "the betas reach from 0.0001 to 2"),
     "nan": (of(EULER, beta_end=float("nan")), "the betas reach from nan"),
@@ -110,7 +110,7 @@ def test_what_the_config_alone_shows_is_refused_by_key_value_and_cure(fault):
 def test_what_building_shows_is_refused_in_one_line(fault):
     config, message = BUILT[fault]
     with pytest.raises(ValueError, match=message) as raised:
-        readable("it", lambda: NoiseSchedule.from_config(config))
+        read_scheduler("it", lambda: NoiseSchedule.from_config(config))
     assert "\n" not in str(raised.value)
 
 

@@ -16,10 +16,12 @@ import pytest
 import torch
 import transformers
 
+from invmm.models import pipeline
 from invmm.models.auto import AutoModel
 from invmm.models.borrowed import BorrowedModel
 from invmm.models.components import DEFAULTS, EXPECTED
 from invmm.models.execution import Execution
+from invmm.models.trial import try_out
 
 FAMILIES = ("ldm vq", "ldm kl", "dit", "sd1 epsilon", "sdxl", "sd3", "sd3 t5 24 pixels")
 
@@ -39,18 +41,18 @@ REFUSED = [
     ("sdxl", "unet", {"class_embed_type": "timestep"}, "gives no class labels"),
     ("sdxl", "unet", {"encoder_hid_dim_type": "ip_image_proj"}, "unload_ip_adapter"),
     ("sd1 epsilon", "unet", {"encoder_hid_dim": 16}, "other embeddings"),
-    ("sd1 epsilon", "unet", {"addition_embed_type": "text"}, "nothing but the prompt's embeddings"),
+    ("sd1 epsilon", "unet", {"addition_embed_type": "text"}, "the prompt's embeddings only"),
     ("sdxl", "unet", {"addition_embed_type": None}, r"\(text_time\)"),
     ("sdxl", "unet", {"projection_class_embeddings_input_dim": 56}, "a refiner"),
     ("sdxl", "unet", {"attention_type": "gated"}, "grounded"),
     ("sd1 epsilon", "unet", {"time_embedding_type": "fourier"}, "positional"),
     ("sd1 epsilon", "unet", {"num_attention_heads": 2}, "attention_head_dim"),
     ("sd1 epsilon", "unet", {"in_channels": 9}, "a mask and an image"),
-    ("sd1 epsilon", "unet", {"in_channels": 8}, "wants an image beside"),
+    ("sd1 epsilon", "unet", {"in_channels": 8}, "reads an image beside"),
     ("sd1 epsilon", "unet", {"out_channels": 8}, "learned variance"),
-    ("sd1 epsilon", "unet", {"cross_attention_dim": 32}, "text encoders write 16"),
-    ("sd1 epsilon", "unet", {"cross_attention_dim": [16, 32]}, "text encoders write 16"),
-    ("sdxl", "unet", {"cross_attention_dim": 16}, "text encoders write 32"),
+    ("sd1 epsilon", "unet", {"cross_attention_dim": 32}, "text encoders return 16"),
+    ("sd1 epsilon", "unet", {"cross_attention_dim": [16, 32]}, "text encoders return 16"),
+    ("sdxl", "unet", {"cross_attention_dim": 16}, "text encoders return 32"),
     ("sd1 epsilon", "unet", {"sample_size": None}, "images must be square; "),
     ("sd1 epsilon", "unet", {"sample_size": [8, 16]}, "images must be square; "),
     ("sd1 epsilon", "vae", {"latent_channels": 16}, "the vae has latent_channels=16"),
@@ -58,18 +60,23 @@ REFUSED = [
     ("sd1 epsilon", "vae", {"scaling_factor": None}, "a finite number is needed"),
     ("sd1 epsilon", "vae", {"scaling_factor": 0.0}, "above 0"),
     ("sdxl", "vae", {"latents_mean": [0.0], "latents_std": [1.0]}, "4 finite numbers"),
-    ("sdxl", "vae", {"latents_mean": [0.0] * 4, "latents_std": [0.0] * 4}, "deviations above 0"),
+    (
+        "sdxl",
+        "vae",
+        {"latents_mean": [0.0] * 4, "latents_std": [0.0] * 4},
+        "above 0 for latents_std",
+    ),
     ("ldm vq", "unet", {"num_class_embeds": 10}, "gives no class labels"),
     ("ldm vq", "unet", {"sample_size": 7}, "halves them 1 times; use model.image_size=12"),
     ("ldm vq", "vqvae", {"lookup_from_codebook": True}, "decodes tokens"),
     ("ldm vq", "vqvae", {"vq_embed_dim": 4}, "the vqvae has vq_embed_dim=4"),
     ("dit", "transformer", {"num_embeds_ada_norm": 0}, "an integer of 1 or more"),
     ("dit", "transformer", {"sample_size": 7}, "patches of 2x2; use model.image_size=12"),
-    ("dit", "transformer", {"out_channels": 5}, "as many as go in"),
+    ("dit", "transformer", {"out_channels": 5}, "as many as in_channels"),
     ("sd3", "transformer", {"pos_embed_max_size": 3}, "4x4 patches; use model.image_size=12 or"),
-    ("sd3", "transformer", {"pooled_projection_dim": 16}, "text encoders write 32"),
-    ("sd3", "transformer", {"joint_attention_dim": 16}, "text encoders write 32"),
-    ("sd3 t5 24 pixels", "transformer", {"joint_attention_dim": 64}, "text encoders write 32"),
+    ("sd3", "transformer", {"pooled_projection_dim": 16}, "text encoders return 32"),
+    ("sd3", "transformer", {"joint_attention_dim": 16}, "text encoders return 32"),
+    ("sd3 t5 24 pixels", "transformer", {"joint_attention_dim": 64}, "text encoders return 32"),
     ("sd3", "vae", {"shift_factor": None}, "a finite number is needed"),
 ]
 
@@ -109,10 +116,10 @@ def test_a_pipeline_in_memory_is_refused_alike(family, part, values, why):
 def test_parts_of_another_class_in_memory_are_refused():
     pipeline = pipelines.seeded(pipelines.MAKERS["sd1 epsilon"])
     pipeline.vae = diffusers.AutoencoderTiny()
-    with pytest.raises(ValueError, match="vae of the pipeline is a AutoencoderTiny; supported are"):
+    with pytest.raises(ValueError, match=r"names \['diffusers', 'AutoencoderTiny'\] as its vae; "):
         BorrowedModel(pipeline).describe()
     pipeline.vae = None
-    with pytest.raises(ValueError, match="vae of the pipeline is a NoneType"):
+    with pytest.raises(ValueError, match="names None as its vae; supported"):
         BorrowedModel(pipeline).describe()
 
 
@@ -201,6 +208,22 @@ def test_what_cannot_be_built_or_called_is_refused_on_shapes_alone(
 def test_what_works_can_be_tried_out(family, saved):
     AutoModel(path=str(saved[family])).try_out()
     BorrowedModel(pipelines.seeded(pipelines.MAKERS[family])).try_out()
+
+
+def test_parts_that_fit_are_tried_out_once_and_changed_ones_again(saved, tmp_path, monkeypatch):
+    folder, tried = tmp_path / "m", []
+    shutil.copytree(saved["sd1 epsilon"], folder)
+    monkeypatch.setattr(pipeline, "_FITTING", set())
+    monkeypatch.setattr(pipeline, "try_out", lambda *args: tried.append(args) or try_out(*args))
+    for _ in range(2):
+        AutoModel(path=str(folder)).try_out()
+    assert len(tried) == 1
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "norm_num_groups": 5}))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="do not work together"):
+            AutoModel(path=str(folder)).try_out()
+    assert len(tried) == 3
 
 
 def test_a_part_of_a_latent_pipeline_is_no_pixel_model(saved):
