@@ -27,7 +27,7 @@ test: $(READY)  ## the quick tests (under ten minutes on two cores)
 test-all: $(READY)  ## all tests, killed and distributed runs included (twenty minutes)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not gpu"
 
-test-gpu: $(READY)  ## what needs a GPU (three minutes); says what it skipped
+test-gpu: $(READY)  ## tests that need a GPU (three minutes); lists what was skipped
 	$(PYTHON) -m pytest -m gpu -rsP tests/gpu
 
 lint: $(READY)  ## ruff and pyright

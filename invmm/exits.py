@@ -1,4 +1,4 @@
-"""How a command ends: one table of exit codes for all of them."""
+"""The exit codes of all commands, in one table."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from enum import IntEnum
 
 
 class Exit(IntEnum):
-    """What the exit code of a command says."""
+    """What the exit code of a command means."""
 
     DONE = 0
-    """Done; or all that was asked about holds."""
+    """The work is done; of `invmm-verify` and studies: everything holds."""
     DOES_NOT_HOLD = 1
-    """Something that was asked about does not hold."""
+    """A record or a figure of a study does not hold."""
     FAULTY = 2
-    """The config, the inputs or the machine are not fit for it; the same command ends so again."""
+    """The config, the inputs or the machine are unsuitable; a rerun would end in the same way."""
     INCOMPLETE = 3
     """Results are missing: a process died, a disk is full, or every image failed."""
     UNDECIDED = 4
-    """There is too little evidence to say whether it holds."""
+    """Some records could not be verified, and all others hold."""
     INTERRUPTED = 130
     """SIGINT (Ctrl-C) ended it."""
     TERMINATED = 143
@@ -35,11 +35,10 @@ _MILDEST_FIRST = (Exit.DONE, Exit.UNDECIDED, Exit.DOES_NOT_HOLD, Exit.INCOMPLETE
 
 
 def worst(codes: Iterable[int]) -> int:
-    """The exit code of several jobs: what a person has to act upon first.
+    """The exit code of several jobs: the one that the user must act on first; 0 without jobs.
 
-    A signal, whatever else happened, since jobs that never began say nothing; then faulty inputs,
-    which no rerun cures; then missing results, without which the others are no answer; then what
-    does not hold; then what is undecided. 0 if there is no job.
+    The order: a signal, after which some jobs never started; faulty inputs, which a rerun does not
+    cure; missing results, which a rerun does; then what does not hold; then what is undecided.
     """
     given = list(codes)
     signals = [code for code in given if code > 128]

@@ -6,7 +6,7 @@ options=("$@")
 measure() {
     .venv/bin/invmm experiment=calibration run_dir="results/calibration/$1" "${@:2}" "${options[@]}"
 }
-# As the recorded figures were measured; the preset now judges progress by the reconstruction.
+# progress=total, as in the recorded run; the preset now judges progress by the reconstruction.
 published=(inversion=paper_ddpm inversion.objective.batch_size=16 inversion.kl_weight.progress=total)
 take() { echo "dataset.take={duplicated:$1,single:$2,held_out:$3}"; }
 

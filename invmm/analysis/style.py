@@ -42,7 +42,7 @@ def one_line(text: str, width: int) -> str:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The project's look of figures, whatever the user's own says."""
+    """Figures drawn within it have the project's style, whatever the user's matplotlibrc says."""
     _import_matplotlib()
     from matplotlib.style import context
 
@@ -59,7 +59,7 @@ def style() -> Iterator[None]:
 
 
 def new_figure(**options: Any) -> Figure:
-    """A figure for files. It needs no screen and, unlike pyplot's, no backend of the user's."""
+    """A figure to be saved; unlike pyplot's, it needs neither a screen nor the user's backend."""
     _import_matplotlib()
     from matplotlib.figure import Figure
 
@@ -90,7 +90,8 @@ def save_figure(figure: Figure, *paths: Path) -> tuple[Path, ...]:
 def _import_matplotlib() -> None:
     """Imports matplotlib even where MPLBACKEND names a backend that is not installed.
 
-    A notebook's shell hands its own to all that is started in it. Whoever can use it keeps it.
+    A notebook's shell passes its MPLBACKEND to every process that is started in it. The variable
+    and the backend, where it is installed, are the same afterwards.
     """
     if "matplotlib" in sys.modules:
         return

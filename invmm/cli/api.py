@@ -45,16 +45,16 @@ def measure(
             "measurement=probability", "prompt=caption" or "model.latent_scale=1".
         prompts: captions or class labels in the shape of images; a folder brings its own.
         run_dir: where records and pictures go; by default a folder of its own in results/runs.
-            The same call again goes on where it stopped.
+            The same call continues a run that stopped.
 
     Returns:
         The score table, one row an image.
 
     Raises:
         ValueError: faults in the overrides (all of them), the images or the model.
-        RuntimeError: images are missing, since a record could not be written, or every one FAILED
-            or DIVERGED; the table of the folder says why.
-        KeyboardInterrupt: interrupted; the same call goes on.
+        RuntimeError: some images have no record, or every image FAILED or DIVERGED; the printed
+            table and scores.csv in run_dir give the errors.
+        KeyboardInterrupt: a signal stopped the run; the same call continues it.
     """
     import pandas as pd
 
@@ -62,7 +62,7 @@ def measure(
 
     model = BorrowedModel(pipeline)
     dataset = _dataset(images, prompts)
-    _refuse_taken(overrides)
+    _check_overrides(overrides)
     accelerator = "cpu" if model.device.type == "cpu" else "gpu"
     faults: list[str] = []
     plain = compose_job(
@@ -91,28 +91,36 @@ def measure(
         raise KeyboardInterrupt
     if code:
         raise RuntimeError(
-            f"images are missing in {plan.run_dir}, or every one failed, as printed above; call "
-            "again to go on"
+            f"some images have no record in {plan.run_dir}, or every image failed, as printed "
+            "above; the same call continues the run"
         )
     return pd.read_parquet(plan.run_dir / "scores.parquet")
 
 
-def _refuse_taken(overrides: Sequence[str]) -> None:
-    """Keys that the arguments give, or that would change the pipeline for good."""
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Refuses keys that repeat an argument of `measure`, or would alter the pipeline for good."""
     for text in overrides:
         key = text.lstrip("+").partition("=")[0]
-        if key == "model.latent_scale":
+        if key == "model.latent_scale":  # no argument, and some VQ autoencoders need it
             continue
         if key.partition(".")[0] in ("model", "dataset", "run_dir", "dry_run", "shard"):
-            raise ValueError(f"{text} is not for Python: it comes from the arguments")
+            raise ValueError(
+                f"{text} cannot be given in Python: the arguments of measure() decide it; leave it "
+                "out"
+            )
         if key in _CHANGES_THE_PIPELINE:
-            raise ValueError(f"{text} would change the pipeline for good; prepare it beforehand")
+            raise ValueError(
+                f"{text} would alter the pipeline for good; leave it out, and prepare the pipeline "
+                "before the call"
+            )
 
 
 def _dataset(images: Any, prompts: Any) -> ImageFolder | MemoryImages:
     if isinstance(images, (str, Path)):
         if prompts is not None:
-            raise ValueError("prompts is for images in memory; a folder has metadata.jsonl")
+            raise ValueError(
+                "prompts= is for images in memory; put those of a folder into its metadata.jsonl"
+            )
         return ImageFolder(path=str(images))
     return MemoryImages.of(images, prompts)
 

@@ -37,7 +37,7 @@ def _collect(arguments: argparse.Namespace) -> int:
         raise ValueError("RUN_DIR names files only; give the folder of a run")
     for run_dir in run_dirs:
         if not (run_dir / "records").is_dir():
-            raise ValueError(f"{run_dir} holds no records")
+            raise ValueError(f"{run_dir} holds no records; give the folder of a run")
 
     from invmm.analysis.report import report
     from invmm.results.collect import score_table

@@ -31,7 +31,8 @@ class Command:
         check: builds the recipes from a plain config and appends all faults; None if faulty.
         dry_run: describes a checked config without running it.
         execute: runs a checked config: (recipes, plain config, folder, identity) -> exit code.
-        check_machine: appends what a plain config asks for and the machine at hand lacks.
+        check_machine: appends a fault for each device that a plain config asks for and that this
+            machine does not have.
     """
 
     name: str
@@ -78,16 +79,16 @@ class Command:
 
         by_fault: dict[str, list[str]] = {}
         general: list[str] = []
-        left_out: list[str] = []
+        unreadable: list[str] = []
         checked = []
-        for job in jobs(overrides, multirun=multirun, faults=general, left_out=left_out):
-            faults, found, without = [], [], [*left_out]
-            config = compose_job(self.config_name, job, faults, without)
-            recipes = self.check(config, found) if config else None
+        for job in jobs(overrides, multirun=multirun, faults=general, left_out=unreadable):
+            faults, of_config, left_out = [], [], [*unreadable]
+            config = compose_job(self.config_name, job, faults, left_out)
+            recipes = self.check(config, of_config) if config else None
             if config and not config["dry_run"] and not (multirun and is_launched(job)):
-                self.check_machine(config, found)
+                self.check_machine(config, of_config)
             checked.append((config, recipes))
-            for fault in [*faults, *_of_others(found, without)]:
+            for fault in [*faults, *_without_consequences(of_config, left_out)]:
                 by_fault.setdefault(fault, []).append(" ".join(job))
         if not general and not by_fault:
             return checked
@@ -135,7 +136,7 @@ class Command:
         faults: list[str] = []
         self.check_machine(config, faults)
         recipes, identity = self.check(config, faults), identity_of(config)
-        if faults:  # what holds where a job is launched need not hold where it runs
+        if faults:  # a launcher may have taken the job to a machine with other devices or files
             print(f"{self.name}: {'; '.join(faults)}", file=sys.stderr)
             return Exit.FAULTY
         return guarded(self.name, lambda: self.execute(recipes, config, folder, identity))
@@ -156,8 +157,8 @@ class Command:
         return "\n".join(lines)
 
 
-def _of_others(faults: Sequence[str], left_out: Sequence[str]) -> list[str]:
-    """The faults that do not follow from keys and groups which were left out of a config."""
+def _without_consequences(faults: Sequence[str], left_out: Sequence[str]) -> list[str]:
+    """Faults of a config, less those that only say that a key or group was left out of it."""
     begin = tuple(f"{key}{sign}" for key in left_out for sign in (".", " ", "="))
     follow = (" is missing; ", " is not a key; ")
     return [

@@ -1,4 +1,4 @@
-"""Composing configs before a run, so that all faults of all jobs are known in time."""
+"""Composes the configs of all jobs before the first one starts, to report all faults at once."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def jobs(
     Args:
         overrides: as given on the command line.
         multirun: whether a list of values makes a job of each.
-        faults: gets a line for each override that cannot be read. The jobs hold it as it was
-            probably meant, so that no other fault follows from it.
-        left_out: gets the keys of those that the jobs do not hold.
+        faults: gets a line for each override that cannot be read. If quotes make it readable,
+            the jobs contain it with quotes, so that it causes no second fault.
+        left_out: gets the keys of all other unreadable overrides; the jobs do not contain them.
     """
     contents().clear()  # a command reads the files of lists anew
     with initialize_config_module(CONF, version_base="1.3"):
@@ -85,13 +85,14 @@ def compose_job(
 ) -> dict[str, Any]:
     """The resolved config of a job as plain containers; {} if it does not compose.
 
-    Keys that no group knows are let in here, for the check against the classes to find them all.
+    Unknown keys are accepted here; the check of the config against the classes reports them all.
 
     Args:
         config_name: the primary config.
         overrides: of the job.
         faults: gets a line for each fault.
-        left_out: gets the groups whose options do not exist; the config holds their defaults.
+        left_out: gets the groups for which an unknown option was given; the config contains
+            their default options.
     """
     known = groups()
     faulty = {override: fault for override in overrides if (fault := _group_fault(override, known))}
@@ -111,13 +112,18 @@ def compose_job(
 
 
 def permissive(overrides: Sequence[str]) -> list[str]:
-    """Overrides that may add keys: what is no key is the check's to say, with all else."""
+    """Overrides with `++`, by which Hydra accepts unknown keys; the later check reports those."""
     known = groups()
     return [_permissive(override, known) for override in overrides]
 
 
 def plain(config: DictConfig, faults: list[str] | None = None) -> dict[str, Any]:
-    """A composed config as plain containers, without Hydra's own node; see `with_lists`."""
+    """A composed config as plain containers, without Hydra's own node.
+
+    Args:
+        config: as Hydra composed it.
+        faults: see `with_lists`, which reads the lists that the config names by a file.
+    """
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     container = OmegaConf.to_container(own, resolve=True)
     assert isinstance(container, dict)
@@ -128,14 +134,14 @@ def job_config(config: DictConfig, hydra: Any) -> dict[str, Any]:
     """The config of a job that Hydra composed, as `compose_job` gives it.
 
     Args:
-        config: the job's.
-        hydra: Hydra's own node of it.
+        config: as Hydra composed it.
+        hydra: its node `hydra`.
     """
     return plain(_options_win(config, hydra.job.config_name, list(hydra.overrides.task)))
 
 
 def is_launched(overrides: Sequence[str]) -> bool:
-    """Whether the job of a sweep runs wherever a launcher takes it, not in this process."""
+    """Whether a launcher runs the job of a sweep in another process, maybe on another machine."""
     return any(
         key_of(override) == "hydra/launcher" and not override.endswith("=basic")
         for override in overrides
@@ -158,7 +164,7 @@ def digest_of(config: Mapping[str, Any]) -> str:
 
 
 def register_resolvers() -> None:
-    """Makes ${digest:}, ${run_folder:} and ${sweep_folder:} known to Hydra."""
+    """Registers ${digest:}, ${run_folder:} and ${sweep_folder:} with Hydra."""
 
     def digest(*, _root_: DictConfig) -> str:
         return digest_of(job_config(_root_, _root_.hydra))
@@ -178,7 +184,7 @@ def _options_win(config: DictConfig, config_name: str, overrides: Sequence[str])
 
 
 def _group_fault(override: str, known: Mapping[str, list[str]]) -> str | None:
-    """Whether an override names an option that its group does not have."""
+    """The fault of an override whose group does not have the named option; None if it has."""
     name, _, option = override.lstrip("+").partition("=")
     options = known.get(key_of(override))
     if options is None or option.strip("\"'") in options or override.startswith("~"):
@@ -196,7 +202,7 @@ def _permissive(override: str, known: Mapping[str, list[str]]) -> str:
 
 
 def _with_package(fault: str) -> str:
-    """Names what to install where a launcher's plugin is missing."""
+    """Adds the pip command to a fault that says that a launcher's plugin is missing."""
     for plugin, extra in (("slurm", "slurm"), ("submitit", "slurm"), ("ray", "ray")):
         if "Could not find" in fault and f"hydra/launcher/{plugin}" in fault:
             return f"{fault}; pip install 'invmm[{extra}]'"

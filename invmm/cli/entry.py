@@ -1,4 +1,4 @@
-"""The door of every command: one way to end, whatever goes wrong."""
+"""Runs the console scripts, so that all end alike: exit code, errors in one line, closed pipes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def run_command(name: str, action: Callable[[], int]) -> int:
         name: as typed in a shell.
         action: the command; it returns the exit code.
     """
-    # Commands draw into files. Matplotlib refuses even its import where a notebook's shell names a
-    # backend that is not installed here, and Lightning imports it.
+    # Commands only draw into files. A notebook's shell may name a backend that is not installed
+    # here; then even importing matplotlib fails, which Lightning does.
     os.environ["MPLBACKEND"] = "Agg"
-    out, err = (stream and _Patient(stream) for stream in (sys.stdout, sys.stderr))
+    out, err = (stream and _ClosablePipe(stream) for stream in (sys.stdout, sys.stderr))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             return guarded(name, action)
@@ -33,7 +33,12 @@ def run_command(name: str, action: Callable[[], int]) -> int:
 
 
 def guarded(name: str, action: Callable[[], int]) -> int:
-    """Faults of the user's inputs and folders end in one line, not in a traceback."""
+    """Runs an action; its OSError or ValueError is printed in one line and gives `Exit.FAULTY`.
+
+    Args:
+        name: of the command, with which the line begins.
+        action: returns an exit code.
+    """
     try:
         return action()
     except (OSError, ValueError) as error:
@@ -41,28 +46,28 @@ def guarded(name: str, action: Callable[[], int]) -> int:
         return Exit.FAULTY
 
 
-class _Patient:
-    """A stream that turns silent when its reader has gone, as in `invmm ... | head`.
+class _ClosablePipe:
+    """A stream that discards its output once its reader has ended, as in `invmm ... | head`.
 
-    A run measures for hours and prints a few lines: losing them must not end it.
+    A run takes hours and prints a few lines; a reader that ends early must not end the run.
     """
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """As of the stream."""
-        with self._readers_may_leave():
+        """Writes text and returns its length."""
+        with self._discarding_when_closed():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """As of the stream."""
-        with self._readers_may_leave():
+        """Flushes the stream."""
+        with self._discarding_when_closed():
             self._stream.flush()
 
     @contextlib.contextmanager
-    def _readers_may_leave(self) -> Iterator[None]:
+    def _discarding_when_closed(self) -> Iterator[None]:
         try:
             yield
         except BrokenPipeError:

@@ -179,11 +179,11 @@ def describe(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
 
 
 def _latents(info: ModelInfo) -> list[str]:
-    """Their shape, and by which factor they are those of the autoencoder."""
+    """One line with the shape and the scale of the latents; none for a model of pixels."""
     if info.latent_scale is None:
         return []
     shape = "x".join(map(str, info.latent_shape))
-    return [f"latents: {shape}, the autoencoder's times {info.latent_scale:g}"]
+    return [f"latents: {shape}, the autoencoder's output times {info.latent_scale:g}"]
 
 
 def _cost(recipes: MeasureConfig) -> tuple[CostRange, Evaluations]:

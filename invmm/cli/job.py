@@ -39,7 +39,7 @@ class HydraJob:
         work: (plain config, folder of the job) -> exit code.
         codes: exit codes of the jobs that ran in the launching process.
         launched_by: id of that process.
-        lists: what the command read from files, see `invmm.cli.lists`; it travels with the job.
+        lists: what the command read from files, see `invmm.cli.lists`; pickled with the job.
     """
 
     work: Callable[[Mapping[str, Any], Path], int]
@@ -48,7 +48,7 @@ class HydraJob:
     lists: dict[str, list[Any]] = field(default_factory=contents)
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Makes the lists known where a launcher took the job."""
+        """Registers the lists in the process in which a launcher runs the job."""
         self.__dict__.update(state)
         contents().update(self.lists)
 

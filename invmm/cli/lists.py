@@ -1,7 +1,7 @@
 """Lists that a config names by a file: dataset.ids=@FILE and dataset.rows=@FILE.
 
-What counts is the content. It takes the name's place wherever a config is read, so the digest, the
-run folder and every worker see the list itself; a changed file is another run.
+The content replaces the file's name wherever a config is read, so the digest, the run folder and
+every worker see the list itself; a file with another content makes another run.
 """
 
 from __future__ import annotations
@@ -11,37 +11,37 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_NUMBERS = {"ids": False, "rows": True}
-"""Keys of the node `dataset` that may name a file, and whether the list is one of numbers."""
-_SHOWN = 20
-"""Longer lists are counted, not shown."""
+_IS_NUMERIC = {"ids": False, "rows": True}
+"""Keys of the node `dataset` that may name a file -> whether the entries are numbers."""
+_MAX_SHOWN = 20
+"""Of longer lists, only the length and both ends are shown."""
 _contents: dict[str, list[Any]] = {}
 
 
 def contents() -> dict[str, list[Any]]:
     """The lists that this process has read: KEY=@FILE -> list.
 
-    A command reads each file once, and takes the lists along to other machines, where a job may
-    begin hours later.
+    A command reads each file once and sends the lists with its jobs, which may start hours later on
+    other machines.
     """
     return _contents
 
 
 def with_lists(config: Mapping[str, Any], faults: list[str] | None = None) -> dict[str, Any]:
-    """A config with the lists in place of the names of their files.
+    """A config in which each KEY=@FILE is replaced by the list in the file.
 
     Args:
         config: plain containers.
-        faults: files that cannot be read are appended, and their keys count as null.
+        faults: gets a line for each file that cannot be read; its key becomes null.
 
     Raises:
-        ValueError: a file cannot be read, and nobody lists faults.
+        ValueError: a file cannot be read, and `faults` is None.
     """
     dataset = config.get("dataset")
     if not isinstance(dataset, Mapping):
         return dict(config)
     lists: dict[str, Any] = {}
-    for key, numbers in _NUMBERS.items():
+    for key, numbers in _IS_NUMERIC.items():
         value = dataset.get(key)
         if not isinstance(value, str) or not value.startswith("@"):
             continue
@@ -58,14 +58,14 @@ def with_lists(config: Mapping[str, Any], faults: list[str] | None = None) -> di
 
 
 def shortened(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config for people: long lists are counted."""
+    """A config to be printed: long lists are replaced by their length and both ends."""
     dataset = config.get("dataset")
     if not isinstance(dataset, Mapping):
         return dict(config)
     short = {
         key: f"{len(value):,} from {value[0]} to {value[-1]}"
-        for key in _NUMBERS
-        if isinstance(value := dataset.get(key), list) and len(value) > _SHOWN
+        for key in _IS_NUMERIC
+        if isinstance(value := dataset.get(key), list) and len(value) > _MAX_SHOWN
     }
     return {**config, "dataset": {**dataset, **short}}
 
@@ -79,11 +79,15 @@ def _read(named: str, name: str, *, numbers: bool) -> list[Any]:
     except UnicodeDecodeError:
         raise ValueError(f"{named} is not UTF-8 text; save the list as UTF-8") from None
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{named} cannot be used: {error}; give a file of one a line") from None
+        raise ValueError(
+            f"{named} cannot be used: {error}; give a text file with one entry a line"
+        ) from None
     found = _parsed(text)
     if found is None:
         if name.endswith(".json"):
-            raise ValueError(f"{named} is not a JSON list; give one, or a .txt with one a line")
+            raise ValueError(
+                f"{named} is not a JSON list; give one, or a .txt file with one entry a line"
+            )
         found = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
         if numbers:
             found = [
@@ -92,14 +96,16 @@ def _read(named: str, name: str, *, numbers: bool) -> list[Any]:
     kind, meaning = (int, "row number") if numbers else (str, "id")
     for place, value in enumerate(found, start=1):
         if type(value) is not kind:
-            raise ValueError(f"{named}: entry {place}, {value!r:.60}, is no {meaning}")
+            raise ValueError(
+                f"{named}: entry {place}, {value!r:.60}, is no {meaning}; correct the file"
+            )
     if not found:
         raise ValueError(f"{named} is an empty list; give at least one {meaning}")
     return found
 
 
 def _parsed(text: str) -> list[Any] | None:
-    """The list of a JSON text, None if it is none: an id may begin with a bracket too."""
+    """The list in a JSON text; None for other texts, as the first id may begin with a bracket."""
     try:
         value = json.loads(text) if text.lstrip().startswith("[") else None
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Reading what is typed on the command line, and saying how to type what cannot be read."""
+"""Reads the overrides of a command line, and says how to write those that cannot be read."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def key_of(override: str) -> str:
 
 @dataclass(frozen=True)
 class OverrideReader:
-    """Turns overrides into the values that a sweep has a job for.
+    """Splits an override with several values into one override for each job of a sweep.
 
     Attributes:
         parser: Hydra's.
-        groups: names of config groups. Their options are names, so quotes are no cure for them.
+        groups: names of config groups; quotes cannot make their options readable.
         multirun: whether several values make several jobs.
     """
 
@@ -35,20 +35,22 @@ class OverrideReader:
     multirun: bool
 
     def read(self, text: str) -> tuple[list[str], str | None]:
-        """The override of each value, and a fault if there is one.
+        """Splits one override.
 
-        A value that quotes make readable is given as it was meant beside its fault, so that no
-        other fault follows; no value is given of one that nothing makes readable.
+        Returns:
+            One override for each job, and a fault or None. If only quotes are missing, the
+            overrides have them beside the fault, so that no second fault follows; they are []
+            if nothing makes the text readable.
         """
         key = key_of(text)
         try:
             override = self._parsed(text)
         except HydraException as error:
             if key in self.groups:
-                return [text], None  # an option that the group does not have, and is refused so
-            meant = self._quoted(text)
-            fault = f"'{text}' cannot be read: {self._reason(text, meant, error)}"
-            return (self._values(self._parsed(meant)) if meant else []), fault
+                return [text], None  # refused later, as an option that the group does not have
+            quoted = self._quoted(text)
+            fault = f"'{text}' cannot be read: {self._cure(text, quoted, error)}"
+            return (self._values(self._parsed(quoted)) if quoted else []), fault
         if override.is_sweep_override() and not self.multirun:
             return [], f"{text} names several values; add --multirun to run one job each" + (
                 "" if key in self.groups else self._hint_of_one_value(override)
@@ -67,10 +69,10 @@ class OverrideReader:
     def _values(self, override: Override) -> list[str]:
         return [job[0] for job in BasicSweeper.split_arguments([override], None)[0]]
 
-    def _reason(self, text: str, meant: str | None, error: HydraException) -> str:
+    def _cure(self, text: str, quoted: str | None, error: HydraException) -> str:
         key, sign, _ = text.partition("=")
-        if meant:
-            return f"give {shlex.quote(meant)}"
+        if quoted:
+            return f"give {shlex.quote(quoted)}"
         if not sign and not text.startswith("~"):
             return "give KEY=VALUE"
         if not self._is_readable(f"{key}=1"):
@@ -85,15 +87,14 @@ class OverrideReader:
         return bool(name) and name[1] in self.parser.functions.functions
 
     def _quoted(self, text: str) -> str | None:
-        """The override with quotes around what needs them; None if they are no cure."""
+        """The override with quotes where they are needed; None if they do not make it readable."""
         key, sign, value = text.partition("=")
         is_list = value.startswith("[") and value.endswith("]")
         inner = value[1:-1] if is_list else value
         pieces = _OUTSIDE_QUOTES.split(inner) if is_list or self.multirun else [inner]
         pieces = [piece.strip() for piece in pieces]
-        wanted = [piece if self._is_readable(f"k={piece}") else _quote(piece) for piece in pieces]
-        meant = ",".join(wanted)
-        quoted = f"{key}{sign}[{meant}]" if is_list else f"{key}{sign}{meant}"
+        joined = ",".join(p if self._is_readable(f"k={p}") else _quote(p) for p in pieces)
+        quoted = f"{key}{sign}[{joined}]" if is_list else f"{key}{sign}{joined}"
         if not sign or self._is_call(text) or not all(pieces):
             return None
         if not is_list and any(piece.startswith(("[", "{")) for piece in pieces):
@@ -115,7 +116,7 @@ class OverrideReader:
 
 
 def first_line(error: Exception) -> str:
-    """Of the message of an error."""
+    """The first line of an error's message."""
     return str(error).strip().splitlines()[0]
 
 

@@ -1,9 +1,9 @@
-"""What wins where a preset and the command line speak of the same group.
+"""Which value holds where a preset and the command line set the same config group.
 
-Hydra merges an `experiment=` preset last, so that it may set any value. Its values would then
-outlive an option that the command line chose for the same group: those of `replication:` in the
-preset would be laid over `replication=sscd`. An option that is given wins whole instead, as if the
-preset said nothing of its group; a key that is given wins over both, as ever.
+Hydra merges an `experiment=` preset last, so that it may set any value. With `replication=sscd` on
+the command line, a preset's `replication.similarity.path` would then still hold, in a network that
+it is not meant for. Here an option of the command line replaces the whole group, as if the preset
+did not mention the group. A single key of the command line overrides both, as usual in Hydra.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def options_win(
     conf: str,
     groups: Collection[str],
 ) -> DictConfig:
-    """A composed config in which options of the command line win whole.
+    """A composed config in which options of the command line replace whole groups of a preset.
 
     Args:
         config: as Hydra composed it.
@@ -41,25 +41,25 @@ def options_win(
         groups: names of config groups.
 
     Returns:
-        The config, without Hydra's own node if anything had to be changed.
+        The config itself if no group is set by both, else a changed copy without the node `hydra`.
     """
     keys = [key_of(override) for override in overrides]
     chosen = {key for key in keys if key in groups and key != PRESETS}
     if PRESETS not in keys or not chosen:
         return config
-    own = [
+    of_chosen = [
         override
         for key, override in zip(keys, overrides, strict=True)
         if key.partition(".")[0] in chosen
     ]
     content = _unresolved(config)
-    instead = _composed(conf, config_name, tuple(own))
-    return OmegaConf.create({**content, **{key: instead[key] for key in chosen if key in instead}})
+    plain = _composed(conf, config_name, tuple(of_chosen))
+    return OmegaConf.create({**content, **{key: plain[key] for key in chosen if key in plain}})
 
 
 @lru_cache(maxsize=64)
 def _composed(conf: str, config_name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """A config without a preset; Hydra asks for that of a job several times."""
+    """A config composed without a preset; cached, as Hydra's resolvers need it several times."""
     is_ready = GlobalHydra().is_initialized()  # within a job that Hydra runs
     hydra = (
         contextlib.nullcontext() if is_ready else initialize_config_module(conf, version_base="1.3")

@@ -157,7 +157,10 @@ def check_threshold(config: Mapping[str, Any], faults: list[str]) -> ThresholdCo
 
 
 def check_machine(config: Mapping[str, Any], faults: list[str]) -> None:
-    """Lists what the config asks for and the machine at hand lacks: plans need none of it."""
+    """Appends a fault if this machine does not have the devices of the config.
+
+    A dry run plans for another machine and skips this check.
+    """
     trainer: TrainerSettings | None = _readable(TrainerSettings, config.get("trainer"))
     if trainer is not None:
         _collect(trainer.check_machine, faults)
@@ -204,23 +207,23 @@ def _check_between(config: Mapping[str, Any], faults: list[str]) -> None:
         if not faults:  # building the schedule takes a second that a faulty config need not wait
             _collect(lambda: _check_schedule(model.schedule(), sampler, measurement), faults)
     if isinstance(model, _CanBeTriedOut) and not faults and not config.get("dry_run"):
-        _collect(model.try_out, faults)  # a dry run does so for the cost
+        _collect(model.try_out, faults)  # in a dry run the estimate of the cost does the same
     if isinstance(measurement, Replay) and not faults and not config.get("dry_run"):
         _collect(lambda: _check_source(measurement, model), faults)
 
 
 def _unguided(info: ModelInfo) -> str | None:
-    """What a model is that guidance has no meaning for."""
+    """What kind of model has no guidance, for messages; None for a model that has it."""
     if info.prompts == ("none",):
         return "an unconditional model"
     if info.family == "pixel":
-        return "a pixel model with classes, none of which stands for no class"
+        return "a class-conditional pixel model, which has no unconditional class"
     return None
 
 
 @runtime_checkable
 class _CanBeTriedOut(Protocol):
-    """A model whose parts can be run on shapes alone."""
+    """A model whose parts can be run on the meta device, without weights."""
 
     def try_out(self) -> None: ...
 

@@ -25,8 +25,8 @@ EPILOG = (
 A record holds if its score is the KL of the saved distribution, if the recorded count of replicas
 and the fresh one may come from one rate (with 95 % intervals, the recorded one widened for the
 number of checks that it was selected from), and if its certificate claims no more than its count
-proves. Code 4: what could be verified holds, but some records could not. 2: none can be, as the
-run, its model or its similarity network is not here, or is another one.
+proves. Exit code 4: some records cannot be verified, and all others hold. Exit code 2: no record
+can be verified, because the run, its model or its similarity network is missing or has changed.
 """
     + HELP
 )
@@ -116,7 +116,7 @@ def _model(config: Mapping[str, Any], path: str | None) -> Any:
             "the model of this run was a pipeline in memory; save it by save_pretrained and give "
             "--model FOLDER"
         )
-    scale = config["model"].get("latent_scale")  # saving a VQ autoencoder hides it
+    scale = config["model"].get("latent_scale")  # not in the saved config of a VQ autoencoder
     return {"_target_": "invmm.models.auto.AutoModel", "path": path, "latent_scale": scale}
 
 

@@ -101,7 +101,7 @@ class DatasetRecipe(Protocol):
 
 
 def canonical(name: str) -> str:
-    """A name in Unicode's composed form (NFC): macOS writes names of files decomposed."""
+    """A name in Unicode's composed form (NFC); macOS writes file names decomposed (NFD)."""
     return unicodedata.normalize("NFC", name)
 
 

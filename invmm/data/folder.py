@@ -25,13 +25,13 @@ class ImageFolder:
     Captions come from `metadata.csv`, `metadata.jsonl` or `metadata.parquet`, in the folder or in
     subfolders (file_name and text, caption or prompt, optionally label, split and copies), or from
     a text file beside the image. A training manifest, as `invmm-train` writes it beside a model,
-    tells split and copies by the content of the files.
+    gives split and copies of each image by the content of its file.
 
     Attributes:
         path: of the folder.
-        image: column of the files' names in the metadata; null takes file_name, or else image.
-        caption: column of the prompts; null takes text, caption or prompt, whichever is there.
-        label: column of the class numbers; null takes label, if it is there.
+        image: column of the file names in the metadata; null takes file_name, or else image.
+        caption: column of the prompts; null takes text, caption or prompt, whichever exists.
+        label: column of the class numbers; null takes label, if it exists.
         size: side of the loaded images; null takes the model's.
         resize: what happens to images that are not square: crop, squash or pad (on white).
         recursive: look into subfolders.
@@ -61,8 +61,7 @@ class ImageFolder:
         """Lists the folder.
 
         Raises:
-            ValueError: no such folder, no images in it, or names or metadata that have no single
-                meaning.
+            ValueError: no such folder, no images in it, or ambiguous names or metadata.
         """
         root = os.path.expanduser(self.path)
         if not os.path.isdir(root):  # unlike Path.is_dir, False for a name that is too long

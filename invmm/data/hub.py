@@ -31,7 +31,7 @@ from invmm.data.dataset import (
 )
 from invmm.data.folder import ImageFolder, OpenFolder
 from invmm.data.images import MIN_SIDE, Resize, load_image
-from invmm.data.metadata import FORMS
+from invmm.data.metadata import METADATA_FILES
 from invmm.data.openmoji import cache_folder
 from invmm.data.problems import Problems
 from invmm.data.values import Tally, caption_of, is_absent, label_of
@@ -59,8 +59,8 @@ class HubImages:
 
     Attributes:
         path: a hub id such as uoft-cs/cifar10, a parquet file, a folder of them, or an image
-            folder (see `ImageFolder`; the columns are those of its metadata there, null finds
-            them, and split has no meaning).
+            folder (see `ImageFolder`; then image, caption and label name columns of its metadata,
+            null finds them, and split is ignored).
         name: the configuration, where a data set has several.
         revision: of a hub repository; its parquet copy is refs/convert/parquet.
         split: as in the names of the files: train-00000-of-00001.parquet or train/0000.parquet.
@@ -159,7 +159,11 @@ class HubImages:
         )
 
     def _wanted(self, count: int | None) -> list[int]:
-        """Numbers of the chosen rows of so many; None believes `first` and `rows`."""
+        """Numbers of the chosen rows.
+
+        Args:
+            count: rows of the data set; None if unknown, then `first` and `rows` are not checked.
+        """
         chosen = range(self.first) if self.first is not None else self.rows
         if count is None:
             return list(chosen or ())
@@ -396,10 +400,10 @@ class OpenRows:
 
 
 def _is_data(path: PurePath) -> bool:
-    """Whether a file holds images, unlike a `metadata.parquet`, which describes those beside it."""
-    return path.suffix == ".parquet" and path.name not in FORMS
+    """Whether a parquet file may hold images; `metadata.parquet` only describes other files."""
+    return path.suffix == ".parquet" and path.name not in METADATA_FILES
 
 
 def _version(file: str) -> list[int]:
-    """What changes with a file of this machine; an address on the hub holds its commit."""
+    """Size and time of change of a local file; [] for a hub address, which names its commit."""
     return [] if "://" in file else [os.stat(file).st_size, os.stat(file).st_mtime_ns]

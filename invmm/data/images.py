@@ -34,9 +34,9 @@ MAX_PIXELS = 100_000_000
 MIN_SIDE = 4
 """Smaller images are refused: nothing could be recognised in them."""
 FORMATS = tuple("PNG JPEG WEBP BMP GIF TIFF JPEG2000 AVIF HEIF PPM ICO TGA".split())  # noqa: SIM905
-"""What is opened, whatever the name says: Pillow would run a program on PostScript."""
+"""No other format is opened, whatever a file is called: on PostScript, Pillow runs Ghostscript."""
 HEIF_EXTENSIONS = (".heic", ".heif", ".hif")
-"""Read if pillow-heif is installed."""
+"""File name endings that are read if pillow-heif is installed."""
 
 
 def read_bytes(path: Path) -> bytes:
@@ -113,14 +113,14 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 @cache
 def extensions() -> frozenset[str]:
-    """Endings of the names of images that can be read here, in lower case."""
-    kinds = {*formats(), "MPO"}  # pictures of phones: JPEG to whoever opens them
+    """File name endings of the formats that can be read on this machine, in lower case."""
+    kinds = {*formats(), "MPO"}  # phones write it, and it opens as a JPEG
     known = {name for name, kind in Image.registered_extensions().items() if kind in kinds}
-    return frozenset(known - {".pfm"})  # of floating-point numbers
+    return frozenset(known - {".pfm"})  # a PPM of floating-point numbers
 
 
 def has_signature(path: Path) -> bool:
-    """Whether a file begins as an image that can be read, whatever its name."""
+    """Whether a file starts with the signature of a readable format, whatever its name."""
     signed = [name for name in formats() if Image.OPEN[name][1] is not None]
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -137,7 +137,7 @@ def has_signature(path: Path) -> bool:
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Those of the formats that can be read here: HEIF only with pillow-heif."""
+    """The `FORMATS` that can be read on this machine; HEIF needs pillow-heif."""
     with suppress(ImportError):
         import pillow_heif
 
@@ -147,10 +147,10 @@ def formats() -> tuple[str, ...]:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF says."""
+    """The picture, rotated by its EXIF orientation."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF, at which Pillow raises anything; the picture itself is whole
+    except Exception:  # Pillow raises anything on broken EXIF; the pixels are intact
         return image
 
 

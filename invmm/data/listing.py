@@ -1,4 +1,4 @@
-"""The images of a folder, with what its metadata and the texts beside them say."""
+"""Lists the images of a folder with the captions, labels and copies of its metadata and texts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, get_args
 from invmm.data.dataset import ImageEntry, ImageError, Split, canonical
 from invmm.data.images import read_bytes
 from invmm.data.metadata import Columns, Row, read_rows
-from invmm.data.problems import Problems, shortly
+from invmm.data.problems import Problems, short_repr
 from invmm.data.values import Tally, caption_of, copies_of, is_absent, label_of
 from invmm.data.walk import Walk
 
 
 class _Listed(NamedTuple):
-    """A row that counts for an image, and the file that holds it."""
+    """The metadata row that is used for an image, and the name of its file in messages."""
 
     row: Row
     source: str
@@ -32,7 +32,7 @@ class Listing:
     Attributes:
         root: the folder, with its links resolved.
         columns: of the metadata.
-        problems: what a person should know.
+        problems: remarks for the user.
     """
 
     root: Path
@@ -45,10 +45,10 @@ class Listing:
         self._labels = Tally("label", self.columns.label)
 
     def entries(self, *, recursive: bool) -> list[ImageEntry]:
-        """All images that are there or listed, sorted by id.
+        """All images that exist or are listed in metadata, sorted by id.
 
         Raises:
-            ValueError: what stands there has no single meaning, or a named column is not there.
+            ValueError: names or metadata are ambiguous, or a column that the user named is missing.
         """
         self._walk.look(recursive=recursive)
         listed, sources = self._listed()
@@ -98,7 +98,7 @@ class Listing:
             return None
 
     def _path(self, image_id: str) -> Path:
-        """Where an image lies, whatever the Unicode form of its name there."""
+        """The path of an image, whose name on disk may be in NFC or NFD."""
         if (found := self._walk.images.get(image_id)) is not None:
             return found
         forms = (image_id, unicodedata.normalize("NFD", image_id))
@@ -106,7 +106,7 @@ class Listing:
         return next(there, self.root / image_id)
 
     def _error(self, image_id: str, path: Path, listed: _Listed | None) -> str | None:
-        """Why an image must not be opened."""
+        """Why an image cannot be used; None if it can."""
         if listed and (posixpath.isabs(image_id) or ".." in image_id.split("/")):
             return f"{listed.source} names a file outside the data folder"
         if not self._walk.is_inside(path):
@@ -135,22 +135,24 @@ class Listing:
             split = "unknown"
         if split not in get_args(Split):
             known, subject = ", ".join(get_args(Split)), repr(image_id)
-            self.problems.add(subject, f": split {shortly(split)} is none of {known}", kind="split")
+            self.problems.add(
+                subject, f": split {short_repr(split)} is none of {known}", kind="split"
+            )
             split = "unknown"
         copies = self._value(image_id, copies_of, values.get("copies"), "copies")
         if copies is None:
             return split, None
         implied: Split = "train" if copies else "held_out"
         if split not in (implied, "unknown"):
-            rest = f": split {split} contradicts copies {copies}; {implied} counts"
+            rest = f": split {split} contradicts copies {copies}; {implied} is used"
             self.problems.add(repr(image_id), rest, kind="contradiction")
         return implied, copies
 
     def _listed(self) -> tuple[dict[str, _Listed], dict[str, str]]:
-        """Id -> its row, of the nearest metadata file that has one; folder -> metadata file.
+        """Id -> its row in the nearest metadata file; folder -> its metadata file, for messages.
 
         Raises:
-            ValueError: a file that cannot be read, or a named column that is in none of them.
+            ValueError: a file cannot be read, or no file has a column that the user named.
         """
         listed: dict[str, _Listed] = {}
         sources: dict[str, str] = {}
@@ -168,23 +170,24 @@ class Listing:
             sources[canonical(folder)] = source
             for row in rows:
                 columns.update(dict.fromkeys(row.values))
-                self._take(self._id(folder, row.name), _Listed(row, source), listed)
+                self._add(self._id(folder, row.name), _Listed(row, source), listed)
         self._check_columns(columns)
         return listed, sources
 
-    def _take(self, image_id: str, new: _Listed, listed: dict[str, _Listed]) -> None:
+    def _add(self, image_id: str, new: _Listed, listed: dict[str, _Listed]) -> None:
+        """Adds a row unless its image has one; files are read from the deepest folder upwards."""
         old = listed.setdefault(image_id, new)
         if old is new:
             return
         if old.source == new.source:
-            rest = f": {image_id!r} stands twice; the first line counts"
+            rest = f": {image_id!r} is listed twice; the first line is used"
             self.problems.add(new.row.where, rest, kind=f"twice in {new.source}")
         else:
-            rest = f" is listed in {old.source} and {new.source}; the nearer one counts"
+            rest = f" is listed in {old.source} and {new.source}; the nearer one is used"
             self.problems.add(repr(image_id), rest)
 
     def _id(self, folder: str, name: str) -> str:
-        """The id of a listed image; one that leaves the data folder stays as it is written."""
+        """The id of a listed image; a name that leaves the data folder is returned unchanged."""
         written = posixpath.join(folder, name) if folder != "." else name
         image_id = canonical(posixpath.normpath(written))
         if posixpath.isabs(image_id) or image_id.split("/")[0] == "..":
@@ -199,20 +202,23 @@ class Listing:
         for option in ("caption", "label"):
             column = getattr(self.columns, option)
             if column is not None and column not in there:
-                has = f"its metadata, which has {', '.join(there)}" if there else "its metadata"
-                none = "" if there else "; it has none"
+                if not there:
+                    raise ValueError(
+                        f"dataset.{option}={column} names a column, but the folder has no "
+                        f"metadata; use dataset.{option}=null"
+                    )
                 raise ValueError(
-                    f"dataset.{option}={column} is no column of {has}{none}: give one, or "
-                    f"dataset.{option}=null"
+                    f"dataset.{option}={column} is no column of its metadata; there are "
+                    f"{', '.join(there)}; give one of them, or dataset.{option}=null"
                 )
 
 
 def _nearest(image_id: str, sources: dict[str, str]) -> str | None:
-    """The metadata file that is responsible for an image."""
+    """The metadata file in the folder of an image, or in the nearest folder above that has one."""
     above = [parent.as_posix() for parent in PurePosixPath(image_id).parents]
     return next((sources[folder] for folder in above if folder in sources), None)
 
 
 def _shown(name: str) -> str:
-    """A name that can stand in a line."""
+    """A name for messages, quoted if it holds line breaks or control characters."""
     return name if name.isprintable() else repr(name)

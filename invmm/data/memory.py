@@ -13,7 +13,7 @@ from PIL import Image
 
 from invmm.data.dataset import ImageEntry, ImageError, LoadedImage
 from invmm.data.images import Resize, load_image, read_bytes, upright
-from invmm.data.problems import shortly
+from invmm.data.problems import short_repr
 from invmm.data.values import label_of
 
 
@@ -43,7 +43,7 @@ class MemoryImages:
             ValueError: nothing to measure, something else than images, or prompts that do not fit.
         """
         named = _by_id(images, "images")
-        told = {} if prompts is None else _by_id(prompts, "prompts")
+        prompt_by_id = {} if prompts is None else _by_id(prompts, "prompts")
         if not named:
             raise ValueError("images is empty; give at least one")
         for key, image in named.items():
@@ -52,17 +52,17 @@ class MemoryImages:
                     f"images[{key!r}] is a {type(image).__name__}; give a PIL image or a path"
                 )
         is_list = not isinstance(prompts, Mapping) and not isinstance(images, Mapping)
-        if told and is_list and len(told) != len(named):
+        if prompt_by_id and is_list and len(prompt_by_id) != len(named):
             raise ValueError(
-                f"prompts has {len(told)} entries for {len(named)} images; give one for each, "
-                "None where there is none"
+                f"prompts has {len(prompt_by_id)} entries for {len(named)} images; give one for "
+                "each, None where there is none"
             )
-        if unknown := sorted(told.keys() - named.keys()):
+        if unknown := sorted(prompt_by_id.keys() - named.keys()):
             raise ValueError(
-                f"prompts has {unknown[0]!r}, which is none of the images; give prompts in the "
-                "shape of images"
+                f"prompts has {unknown[0]!r}, which is none of the images; give prompts by the ids "
+                "of the images"
             )
-        read = {key: _prompt(key, prompt) for key, prompt in told.items()}
+        read = {key: _prompt(key, prompt) for key, prompt in prompt_by_id.items()}
         return cls(
             images=named, prompts={k: prompt for k, prompt in read.items() if prompt is not None}
         )
@@ -122,19 +122,19 @@ class OpenMemoryImages:
 
 
 def _prompt(key: str, value: Any) -> str | int | None:
-    """A caption, or a class label, which pandas and numpy may hold as 3.0."""
+    """A caption or a class label, which may be 3.0 in pandas and numpy; None if absent."""
     if isinstance(value, str):
         return value
     try:
         return label_of(value)
     except ValueError:
         raise ValueError(
-            f"prompts[{key!r}]={shortly(value)} is neither a caption nor a class label"
+            f"prompts[{key!r}]={short_repr(value)} is neither a caption nor a class label"
         ) from None
 
 
 def _header(image: Image.Image) -> str:
-    """What tells pictures of the same bytes apart."""
+    """What may differ between pictures of the same bytes: mode, size, palette, orientation."""
     colours = (image.getpalette(), image.info.get("transparency"), image.getexif().get(0x0112))
     return f"{image.mode} {image.size}" + (f" {colours}" * any(c is not None for c in colours))
 
@@ -143,7 +143,9 @@ def _by_id(values: Any, name: str) -> dict[str, Any]:
     if isinstance(values, Mapping):
         named = {str(key): value for key, value in values.items()}
         if len(named) < len(values):
-            raise ValueError(f"{name} has two keys that are one as text; give each its own")
+            raise ValueError(
+                f"{name} has two keys with the same text, such as 1 and '1'; give each its own"
+            )
         return named
     if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
         width = len(str(max(len(values) - 1, 0)))

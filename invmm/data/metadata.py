@@ -1,6 +1,7 @@
-"""What metadata.csv, metadata.jsonl and metadata.parquet say of the images beside them.
+"""Reads metadata.csv, metadata.jsonl and metadata.parquet, which describe the images beside them.
 
-The names and the key `file_name` are those of the image folders of the library `datasets`.
+The names of the files and of the column `file_name` are those of image folders in the library
+`datasets`.
 """
 
 from __future__ import annotations
@@ -14,18 +15,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from invmm.data.images import read_bytes
-from invmm.data.problems import Problems, shortly
+from invmm.data.problems import Problems, short_repr
 from invmm.data.values import is_absent
 
-FORMS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 CAPTIONS = ("text", "caption", "prompt")
-"""Columns of captions where none is named."""
+"""Columns that may hold captions if the user names none."""
 MAX_ROWS = 20_000_000
-"""A parquet file of more rows is not read: a few of its bytes can stand for any number of rows."""
+"""A parquet file of more rows is refused: a few bytes can encode any number of equal rows."""
 
 
 class Row(NamedTuple):
-    """What is said of one image: (name relative to the file's folder, where it stands, values)."""
+    """The metadata of one image.
+
+    Attributes:
+        name: of the image, relative to the folder of the metadata file.
+        where: the file and the line or row, for messages.
+        values: column -> value.
+    """
 
     name: str
     where: str
@@ -34,12 +41,13 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Names of the columns, as in `dataset.image` and so on; None finds them.
+    """Names of columns, from the keys dataset.image, dataset.caption and dataset.label.
 
     Attributes:
-        image: of the files' names; COLUMN stands for COLUMN_file_name too, as in `datasets`.
-        caption: of the prompts.
-        label: of the numbers of classes.
+        image: column of the file names; COLUMN may also be called COLUMN_file_name, as in
+            `datasets`. None takes file_name, or else the only column that may hold names.
+        caption: column of the prompts; None takes the `CAPTIONS` column that exists.
+        label: column of the class numbers; None takes label.
     """
 
     image: str | None = None
@@ -59,11 +67,11 @@ class Columns:
             return values["file_name"]
         found = [key for key in values if key == "image" or key.endswith("_file_name")]
         if len(found) > 1:
-            raise ValueError(_choose(where, found, "image"))
+            raise ValueError(_ambiguous(where, found, "image"))
         return values[found[0]] if found else None
 
     def caption_in(self, values: Mapping[str, Any], where: str) -> Any:
-        """The caption of a row as it stands there.
+        """The caption of a row as the file holds it.
 
         Raises:
             ValueError: several columns hold different ones.
@@ -74,26 +82,26 @@ class Columns:
         found = {key: value for key, value in found.items() if value != "" and not is_absent(value)}
         first = next(iter(found.values()), None)
         if any(value != first or type(value) is not type(first) for value in found.values()):
-            raise ValueError(_choose(where, list(found), "caption"))
+            raise ValueError(_ambiguous(where, list(found), "caption"))
         return first
 
     def label_in(self, values: Mapping[str, Any]) -> Any:
-        """The label of a row as it stands there."""
+        """The label of a row as the file holds it."""
         return values.get(self.label or "label")
 
 
 def read_rows(path: Path, shown: str, columns: Columns, problems: Problems) -> list[Row]:
-    """The rows of a metadata file; those that cannot be used become problems.
+    """The usable rows of a metadata file; each other row adds a problem.
 
     Args:
         path: of the file.
         shown: its name in messages.
-        columns: as the person named them.
-        problems: to add to.
+        columns: as the user named them.
+        problems: gets a remark for each row that cannot be used.
 
     Raises:
         ImageError: it is no regular file, or empty, or too large.
-        ValueError: it cannot be read, names no image, or lacks a choice of columns.
+        ValueError: it cannot be read, names no image, or several columns may hold the same thing.
     """
     content = read_bytes(path)
     try:
@@ -114,14 +122,14 @@ def read_rows(path: Path, shown: str, columns: Columns, problems: Problems) -> l
         if is_absent(name):
             problems.add(where, f" {lacks}", kind=f"{shown} {lacks}")
         elif not isinstance(name, str) or not name or "\0" in name:
-            problems.add(where, f": {key} {shortly(name)} is not a name", kind=f"{shown} name")
+            problems.add(where, f": {key} {short_repr(name)} is not a name", kind=f"{shown} name")
         else:
             rows.append(Row(name, where, values))
     if parsed and not rows:
         keys = dict.fromkeys(
             k for _, values in parsed if not isinstance(values, str) for k in values
         )
-        has = f" (columns: {shortly(list(keys))})" if keys else ""
+        has = f" (columns: {short_repr(list(keys))})" if keys else ""
         raise ValueError(
             f"{shown} names no image: every {unit} {lacks}{has}; give each one a file_name, or "
             "name the column of the files by dataset.image=COLUMN"
@@ -155,8 +163,8 @@ def _read_csv(content: bytes) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
         elif cells:
             yield (
                 reader.line_num,
-                f"is not used: its cells are not the {len(header)} of the header; a caption with a "
-                "comma or a line break needs quotes",
+                f"is not used: its number of cells is not the {len(header)} of the header; put a "
+                "caption with a comma or a line break in quotes",
             )
 
 
@@ -167,8 +175,8 @@ def _read_parquet(content: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
     with pyarrow.parquet.ParquetFile(io.BytesIO(content)) as file:
         if file.metadata.num_rows > MAX_ROWS:
             raise ValueError(f"it claims {file.metadata.num_rows} rows, more than {MAX_ROWS}")
-        no_text = (types.is_binary, types.is_large_binary, types.is_struct)  # whole images
-        plain = [f.name for f in file.schema_arrow if not any(test(f.type) for test in no_text)]
+        not_text = (types.is_binary, types.is_large_binary, types.is_struct)  # whole images
+        plain = [f.name for f in file.schema_arrow if not any(test(f.type) for test in not_text)]
         rows = (row for b in file.iter_batches(columns=plain) for row in b.to_pylist())
         yield from enumerate(rows)
 
@@ -180,6 +188,6 @@ _READERS: dict[str, Callable[[bytes], Iterator[tuple[int, Mapping[str, Any] | st
 }
 
 
-def _choose(where: str, found: list[str], option: str) -> str:
+def _ambiguous(where: str, found: list[str], option: str) -> str:
     cures = " or ".join(f"dataset.{option}={column}" for column in found)
     return f"{where} has {' and '.join(found)}; give {cures}"

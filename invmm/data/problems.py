@@ -1,4 +1,4 @@
-"""Remarks on a data set: one line a kind, however many images it concerns."""
+"""Remarks on a data set: one line for each kind of remark, however many images it concerns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Kind:
 
 @dataclass
 class Problems:
-    """Collects remarks; the first of a kind is told in full, the others are counted."""
+    """Collects remarks; the first of a kind is printed in full, the others are counted."""
 
     _kinds: dict[str, _Kind] = field(default_factory=dict)
 
@@ -24,9 +24,9 @@ class Problems:
         """Adds a remark.
 
         Args:
-            subject: what it is about, as it begins the sentence.
-            rest: of the sentence, with the space or colon that it begins with.
-            kind: remarks of one kind make one line; None if all of a kind have the same rest.
+            subject: the image or file that it is about; begins the sentence.
+            rest: of the sentence, starting with its space or colon.
+            kind: remarks of one kind make one line; None groups them by `rest`.
         """
         group = self._kinds.setdefault(kind or rest or subject, _Kind(subject + rest))
         group.count += 1
@@ -34,24 +34,22 @@ class Problems:
             group.examples.append(subject)
 
     def lines(self) -> list[str]:
-        """One for each kind, in the order of their first remarks."""
+        """One line for each kind, in the order of their first remarks."""
         found = []
         for group in self._kinds.values():
             more, shown = group.count - 1, ", ".join(group.examples)
             dots = ", ..." if more > len(group.examples) else ""
-            found.append(
-                group.sentence + (f"; the same of {more:,} more: {shown}{dots}" * bool(more))
-            )
+            found.append(group.sentence + (f"; likewise {more:,} more: {shown}{dots}" * bool(more)))
         return found
 
 
 def names(found: list[str]) -> str:
-    """The first of many names, and how many there are: (2): 'a', 'b'."""
+    """The number of names and the first of them, as in "(2): 'a', 'b'"."""
     dots = ", ..." if len(found) > _EXAMPLES else ""
     return f"({len(found):,}): {', '.join(map(repr, found[:_EXAMPLES]))}{dots}"
 
 
-def shortly(value: object) -> str:
-    """A value in a line: its repr, cut."""
+def short_repr(value: object) -> str:
+    """The repr of a value, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -58,10 +58,10 @@ class Prompt:
         return self.kind in ("none", "empty") or self.label is not None
 
     def check(self, entries: Sequence[ImageEntry]) -> None:
-        """Refuses images of which none has what it is to be asked for.
+        """Refuses a data set in which no image has the caption or label that the kind needs.
 
         Raises:
-            ValueError: with the cures.
+            ValueError: naming the key, the value and the cures.
         """
         usable = [entry for entry in entries if entry.error is None]
         if not usable or self.is_shared or self.kind not in ("caption", "class_label"):

@@ -1,4 +1,4 @@
-"""Captions and numbers as files hold them: pandas writes 4 as 4.0, a csv file "4"."""
+"""Reads captions, labels and copies from metadata, where 4 may be 4.0 (pandas) or "4" (csv)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from invmm.data.problems import shortly
+from invmm.data.problems import short_repr
 
 _WHOLE = re.compile(r"\s*(\d{1,9})(\.0*)?\s*", re.ASCII)
 _LIMIT = 10**9
-"""Labels and copies are below this: larger ones are a mistake, and may overflow."""
+"""Labels and copies are smaller; larger numbers are mistakes and may overflow."""
 
 
 def is_absent(value: Any) -> bool:
@@ -23,12 +23,12 @@ def caption_of(value: Any) -> str | None:
     """A caption; None if it is absent or empty.
 
     Raises:
-        ValueError: something else than a text, such as the number of a class.
+        ValueError: it is not a text, but the number of a class for example.
     """
     if is_absent(value):
         return None
     if not isinstance(value, str):
-        raise ValueError(f"caption {shortly(value)} is not a text")
+        raise ValueError(f"caption {short_repr(value)} is not a text")
     return value or None
 
 
@@ -36,7 +36,7 @@ def label_of(value: Any) -> int | None:
     """The number of a class; None if it is absent.
 
     Raises:
-        ValueError: no whole number, or a negative one.
+        ValueError: it is not a whole number from 0 to 10^9 - 1.
     """
     return _whole(value, "label", "the number of a class")
 
@@ -45,7 +45,7 @@ def copies_of(value: Any) -> int | None:
     """A number of copies; None if it is absent.
 
     Raises:
-        ValueError: no whole number, or a negative one.
+        ValueError: it is not a whole number from 0 to 10^9 - 1.
     """
     return _whole(value, "copies", "a number of copies")
 
@@ -59,16 +59,18 @@ def _whole(value: Any, name: str, meaning: str) -> int | None:
     is_number = isinstance(value, Integral | Real) and not isinstance(value, bool)
     if is_number and 0 <= number < _LIMIT and number == int(number):
         return int(number)
-    raise ValueError(f"{name} {shortly(value)} is not {meaning}")
+    raise ValueError(f"{name} {short_repr(value)} is not {meaning}")
 
 
 @dataclass
 class Tally:
-    """Counts the values of a column that a person named, to refuse one without any use.
+    """Counts the usable values of a column; one that the user named must have some.
 
     Attributes:
         option: caption or label.
-        column: its name; None if nobody named it.
+        column: its name; None if the user did not name it.
+        num_used: values that were read.
+        unusable: the first value that could not be read; None if there was none.
     """
 
     option: str
@@ -77,22 +79,27 @@ class Tally:
     unusable: Any = None
 
     def count(self, raw: Any, value: Any) -> None:
-        """Counts a value as it stands in the file, and what it was read as."""
+        """Counts one value.
+
+        Args:
+            raw: as the file holds it.
+            value: what it was read as; None if it is absent or cannot be read.
+        """
         if value is not None:
             self.num_used += 1
         elif not is_absent(raw) and self.unusable is None:
             self.unusable = raw
 
     def check(self) -> None:
-        """Refuses a named column without a single value that can be used.
+        """Refuses a column that the user named if none of its values could be read.
 
         Raises:
-            ValueError: naming the first value.
+            ValueError: naming the key, the column, its first value and the cure.
         """
         if self.column is not None and not self.num_used and self.unusable is not None:
             meaning = {"caption": "captions", "label": "numbers of classes"}[self.option]
             raise ValueError(
                 f"dataset.{self.option}={self.column} is a column without {meaning}: its first "
-                f"value is {shortly(self.unusable)}; give another one, or "
+                f"value is {short_repr(self.unusable)}; give another one, or "
                 f"dataset.{self.option}=null"
             )

@@ -1,4 +1,4 @@
-"""What lies in a folder: images, metadata, captions beside images, and what is not read."""
+"""Sorts the files of a folder into images, metadata and kinds of files that are not read."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from PIL import Image
 
 from invmm.data.dataset import canonical
 from invmm.data.images import HEIF_EXTENSIONS, extensions, has_signature
-from invmm.data.metadata import FORMS
+from invmm.data.metadata import METADATA_FILES
 from invmm.data.problems import Problems, names
 
 _DATA = frozenset(
     f".{name}"
     for name in "txt caption csv tsv json jsonl ndjson parquet arrow feather xls xlsx yaml yml xml".split()  # noqa: SIM905, E501
 )
-"""Endings of files in which people keep captions."""
+"""Endings of files that may hold captions or metadata."""
 _OTHER_IMAGES = (".svg", ".jxl", ".heics", ".heifs", ".avif", ".dng", ".cr2", ".nef", ".exr")
-"""Endings of images that Pillow does not know by name."""
+"""Endings of image formats that Pillow has no reader for."""
 _KINDS = {
     "data": (
         "files that look like captions or metadata and are not read {}; captions are read from "
-        f"{', '.join(FORMS)}, and from NAME.txt beside the image NAME"
+        f"{', '.join(METADATA_FILES)}, and from NAME.txt beside the image NAME"
     ),
     "heif": "HEIF images that are not read {}; pip install 'invmm[heif]'",
     "image": "images in formats that are not read {}; convert them, to PNG for example",
@@ -35,17 +35,17 @@ _KINDS = {
     "looped": "linked folders that lead elsewhere in the data folder and are read there {}",
     "other": "other files that are not read {}",
 }
-"""What is not read: kind -> the line that says so."""
+"""Kind of files that are not read -> the line that names them."""
 
 
 @dataclass
 class Walk:
-    """One look at a folder; nothing is decoded, and nothing outside the folder is opened.
+    """Lists a folder; no image is decoded, and nothing outside the folder is opened.
 
     Attributes:
         root: the folder, with its links resolved.
-        problems: remarks to add to.
-        images: id -> path, of what is named or begins like an image.
+        problems: gets the remarks.
+        images: id -> path of each file with the ending or the signature of an image.
         metadata: paths of the metadata files.
         skipped: kind -> relative names of what is not read.
     """
@@ -57,10 +57,11 @@ class Walk:
     skipped: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in _KINDS})
 
     def look(self, *, recursive: bool) -> None:
-        """Fills the attributes; linked folders are not entered, so loops end.
+        """Fills the attributes; linked folders are not entered, so loops of links do no harm.
 
         Raises:
-            ValueError: two names that differ in their Unicode form only, or two forms of metadata.
+            ValueError: two names differ in their Unicode form only, or a folder has two metadata
+                files.
         """
         for folder, subfolders, files in os.walk(self.root, onerror=self._unreadable):
             subfolders.sort()
@@ -73,17 +74,25 @@ class Walk:
         """Whether a path stays in the folder when its links are followed."""
         try:
             return path.resolve().is_relative_to(self.root)
-        except (OSError, RuntimeError, ValueError):  # such a path (a link to itself) is no file
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+        ):  # a link to itself, for example: not a file anyway
             return True
 
     def report(self, used: set[str]) -> None:
-        """Adds one line for each kind of thing that is not read and not among these ids."""
+        """Adds a remark for each kind of files that are not read.
+
+        Args:
+            used: ids that metadata lists, whose files count as images whatever they are called.
+        """
         for kind, found in self.skipped.items():
             if left := [name for name in found if canonical(name) not in used]:
                 self.problems.add(_KINDS[kind].format(names(left)), "")
 
     def _sort(self, folder: Path, files: list[str], subfolders: list[str]) -> None:
-        forms = [name for name in files if name in FORMS]
+        forms = [name for name in files if name in METADATA_FILES]
         if len(forms) > 1:
             where = folder.relative_to(self.root).as_posix()
             raise ValueError(
@@ -109,7 +118,12 @@ class Walk:
         self.skipped["data"] = [name for name in self.skipped["data"] if name not in beside]
 
     def _kind(self, path: Path, *, is_folder: bool) -> str | None:
-        """What a file or folder is; None for what needs no word."""
+        """What to do with a file or folder.
+
+        Returns:
+            "read" for an image, a key of `skipped` for what is not read, None for a metadata file
+            or a folder that is entered.
+        """
         name, ending = path.name, os.path.splitext(path.name)[1].lower()
         if name.startswith("."):
             return "hidden"
@@ -119,7 +133,7 @@ class Walk:
             if not path.is_symlink():
                 return None
             return "looped" if self.is_inside(path) else "linked"
-        if name in FORMS:
+        if name in METADATA_FILES:
             return None
         if not ending:
             return "read" if self.is_inside(path) and has_signature(path) else "other"

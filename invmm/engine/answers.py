@@ -170,7 +170,7 @@ class Answers:
                 schedule=self.network.schedule,
                 seeds=seeds.tolist(),
             )
-            # A sampler that clips makes a picture of an infinite prediction.
+            # A sampler that clips turns an infinite prediction into finite latents.
             broken = ~largest.isfinite().reshape(-1, 1, 1, 1)
             return latents.masked_fill(broken, float("nan"))
 
@@ -193,7 +193,7 @@ class Answers:
             pixels = in_calls(self.network.decode, columns, self.rows[Embed])
             columns = [[own] for own in pixels]
             vectors = in_calls(self.similarity.embed, columns, self.rows[Embed])
-            # Pixels too: a similarity network may make a finite embedding of what is no picture.
+            # Pixels too: a similarity network may embed non-finite pixels as finite numbers.
             finite = are_finite([*pixels, *vectors])
         answers = []
         rows = zip(pixels, vectors, finite[: len(group)], finite[len(group) :], strict=True)

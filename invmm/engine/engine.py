@@ -191,7 +191,7 @@ class Engine:
         self.summary.images += 1
         self.stopwatch.settle(wait=True)
         return replace(
-            _of_finite_numbers(slot.outcome, slot.watch),
+            _diverged_unless_finite(slot.outcome, slot.watch),
             evaluations=slot.tally.evaluations(),
             seconds=slot.tally.spent(time.monotonic() - slot.started),
         )
@@ -203,8 +203,8 @@ def _ended_by(error: Exception) -> Outcome:
     return Outcome(status=Status.FAILED, error=" ".join(f"{type(error).__name__}: {error}".split()))
 
 
-def _of_finite_numbers(outcome: Outcome, watch: Watch) -> Outcome:
-    """The outcome, or DIVERGED if it rests on numbers that are not finite; names the stage."""
+def _diverged_unless_finite(outcome: Outcome, watch: Watch) -> Outcome:
+    """The outcome, or DIVERGED with the first stage whose numbers were not finite."""
     fault = watch.fault()
     if fault is None and (outcome.error is not None or outcome_is_finite(outcome)):
         return outcome

@@ -1,7 +1,7 @@
-"""Whether what the networks answer is finite, and which of them was the first that was not.
+"""Checks that the outputs of all networks are finite, and names the first stage that was not.
 
-A clamp turns infinity into 1, a rounding to bytes turns NaN into a colour, a comparison turns it
-into "no replica": so every answer is looked at before anything is made of it.
+A clamp turns infinity into 1, rounding to bytes turns NaN into a colour, and a comparison with NaN
+reads as "no replica"; so every output is checked before it is used.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 from invmm.diffusion.guidance import Condition
 from invmm.engine.outcomes import NonFiniteError, Outcome
 
-_CURE = "use model.dtype=float32 without execution.autocast; if that is so already, its weights are"
+_CURE = "use model.dtype=float32 without execution.autocast; with both set so, the weights are"
 
 
 class Stage(StrEnum):
-    """Where numbers come from; the value says that they are not finite, and the cure."""
+    """What produced a tensor; the value is the error if the tensor is not finite, with the cure."""
 
     PROMPT = f"a text encoder's embeddings of the prompt are not finite; {_CURE} damaged"
     ENCODER = f"the autoencoder's latents of the image are not finite; {_CURE} damaged"
@@ -41,21 +41,26 @@ class Stage(StrEnum):
         "an embedding of the second opinion is not finite; give another "
         "replication.second_opinion, this one is damaged"
     )
-    RESULT = f"what was found is not finite; lower the learning rate, or {_CURE} damaged"
+    RESULT = (
+        f"the result of the measurement is not finite; lower the learning rate, or {_CURE} damaged"
+    )
 
 
 class Watch:
-    """The largest magnitude that one image was answered at each stage, left on the device.
+    """The largest magnitude of each stage's outputs for one image, kept on the device.
 
-    Looking at every answer of a search would make the host wait for the device at every step; one
-    look at the end suffices.
+    Reading every output would make the host wait for the device at every step of a search; one
+    read at the end is enough.
     """
 
     def __init__(self) -> None:
         self._largest: dict[Stage, Tensor] = {}
 
     def see(self, stage: Stage, *answers: Tensor) -> None:
-        """Takes note of an answer; what follows on a broken one of another stage is no cause."""
+        """Records outputs of a stage.
+
+        Outputs after a non-finite one of another stage count as 0: that stage is the cause.
+        """
         for answer in answers:
             largest = magnitude(answer)
             for before in self._largest.values():
@@ -65,7 +70,7 @@ class Watch:
             self._largest[stage] = largest if own is None else torch.maximum(own, largest)
 
     def fault(self) -> Stage | None:
-        """The first stage with a number that was not finite."""
+        """The first stage whose output was not finite; None if all were."""
         finite = are_finite(list(self._largest.values()))
         return next(
             (
@@ -78,12 +83,12 @@ class Watch:
 
 
 def magnitude(values: Tensor) -> Tensor:
-    """The largest absolute value, a scalar without a graph; NaN if there is one."""
+    """The largest absolute value, a scalar without a graph; NaN if any value is NaN."""
     return torch.linalg.vector_norm(values.detach().float(), ord=math.inf)
 
 
 def row_magnitudes(values: Tensor) -> Tensor:
-    """(B, ...) -> (B,), as `magnitude` of each row."""
+    """(B, ...) -> (B,), the `magnitude` of each row."""
     return torch.linalg.vector_norm(values.detach().float().flatten(1), ord=math.inf, dim=1)
 
 
@@ -95,7 +100,10 @@ def are_finite(answers: Sequence[Tensor]) -> list[bool]:
 
 
 def check_finite(answers: Iterable[tuple[Stage, Tensor | Condition | None]]) -> None:
-    """Refuses to go on from numbers that are not finite; waits for the device once.
+    """Refuses tensors that are not finite; waits for the device once.
+
+    Args:
+        answers: tensors or conditions and the stages that produced them; None is skipped.
 
     Raises:
         NonFiniteError: naming the first stage and the cure.
@@ -108,7 +116,7 @@ def check_finite(answers: Iterable[tuple[Stage, Tensor | Condition | None]]) -> 
 
 
 def outcome_is_finite(outcome: Outcome) -> bool:
-    """Whether what a measurement found holds finite numbers only."""
+    """Whether all numbers of an outcome, its tensors and its samples are finite."""
     scalars = (
         outcome.score, outcome.score_nats, outcome.replication_rate, outcome.best_similarity
     )  # fmt: skip

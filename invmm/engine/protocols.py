@@ -43,7 +43,7 @@ class Network(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, H, W) latents -> (B, 3, H, W) pixels, clamped to [-1, 1].
 
-        What is not finite before the clamp must come out as NaN.
+        Pixels that are not finite before the clamp must be returned as NaN.
         """
         ...
 
@@ -95,10 +95,10 @@ class Target:
     tokens: PromptTokens | None = None
 
     def check_finite(self) -> None:
-        """Refuses to measure from what is no number.
+        """Refuses a target whose conditions, latents or embedding are not finite.
 
         Raises:
-            NonFiniteError: naming what was to make the numbers, and the cure.
+            NonFiniteError: naming the stage and the cure.
         """
         fixed = self.tokens.fixed if self.tokens else None
         check_finite([

@@ -42,7 +42,7 @@ class Slot:
         asked: the number of calls the engine had made when it asked.
         outcome: set when it has ended.
         tally: its cost.
-        watch: whether its answers were finite.
+        watch: records whether its answers were finite.
         started: seconds on the monotonic clock.
     """
 

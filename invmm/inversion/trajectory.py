@@ -183,14 +183,18 @@ class Trajectory:
             )
 
     def short_sampler(self, setting: Setting) -> Sampler:
-        """See `short_of`, of the sampler of the checks."""
+        """The differentiated sampler of a setting; see `short_of`."""
         return self.short_of(setting.sampler, setting.schedule)
 
     def short_of(self, sampler: Sampler, schedule: NoiseSchedule) -> Sampler:
-        """The differentiated sampler: deterministic, and otherwise like the given one.
+        """The sampler that the search differentiates: `sampler` with few steps and without noise.
+
+        Args:
+            sampler: of the checks.
+            schedule: of the model.
 
         Raises:
-            ValueError: the model cannot be sampled in so many steps.
+            ValueError: the model cannot be sampled in `sampler_steps` steps.
         """
         total, steps, is_flow = schedule.num_train_timesteps, self.sampler_steps, schedule.is_flow
         if steps > total or (not is_flow and total % steps):

@@ -77,8 +77,8 @@ def false_matches(
         raise ValueError(f"a threshold needs at least 2 images to compare, not {n}")
     if broken := int((~embeddings.isfinite().all(1)).sum()):
         raise ValueError(
-            f"the embeddings of {broken} of {n} images are not finite; look for damage in "
-            "replication.similarity"
+            f"the embeddings of {broken} of {n} images are not finite; replication.similarity "
+            "is damaged, use another one"
         )
     histogram = torch.zeros(_BINS + 1, dtype=torch.long)
     matched = torch.zeros(n, dtype=torch.bool)

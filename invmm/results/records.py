@@ -84,21 +84,23 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def why_nothing_is_measured(folder: RunFolder, entries: Sequence[ImageEntry]) -> str | None:
-    """One line if every one of the images FAILED or DIVERGED, with the most frequent error."""
+    """One line with the most frequent error if every image FAILED or DIVERGED; None otherwise."""
     paths = [folder.record_folder(entry.image_id) / "record.json" for entry in entries]
     records = [record for path in paths if (record := load_record(path)) is not None]
-    without = (Status.FAILED, Status.DIVERGED)
+    unmeasured = (Status.FAILED, Status.DIVERGED)
     if not records or len(records) < len(entries):
         return None
-    if any(record["status"] not in without for record in records):
+    if any(record["status"] not in unmeasured for record in records):
         return None
     ((error, count),) = Counter(record["error"] for record in records).most_common(1)
     statuses = Counter(record["status"] for record in records)
-    shown = " and ".join(f"{statuses[status]} {status}" for status in without if statuses[status])
-    by = "all" if count == len(records) else f"{count} of them"
+    shown = " and ".join(
+        f"{statuses[status]} {status}" for status in unmeasured if statuses[status]
+    )
+    share = "all" if count == len(records) else f"{count} of them"
     return (
-        f"no image was measured: {shown}, {by} by: {_encodable(error)}. What FAILED is measured "
-        "again by the same command with retry_failed=true"
+        f"no image was measured: {shown}, {share} with the error: {_encodable(error)}. The same "
+        "command with retry_failed=true measures again the images that FAILED"
     )
 
 

@@ -7,7 +7,8 @@ run_dir/processes.jsonl          how each process that came to its end spent its
 run_dir/free_samples/            embeddings of a bank of free samples, one file a block
 run_dir/locks/                   held by processes at work; the kernel frees them when one dies
 
-A folder belongs to a config from its first result on: a run that failed before leaves no claim.
+A folder belongs to one config from its first result on. After a run that ended without any, another
+config may use the folder.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from invmm.files import record_key, write_atomically
 from invmm.inversion.saved import load_record
 
 _RESULTS = ("records/*/record.json", "free_samples/*.safetensors", "checkpoints/*.ckpt", "step_*")
-"""What makes a folder worth keeping: of measuring, then of training."""
-_OF_A_RUN = ("config.json", "manifest.json", "rows.json", "processes.jsonl")
+"""Results of measuring, then of training; a folder with any of them belongs to its config."""
+_BEFORE_RESULTS = ("config.json", "manifest.json", "rows.json", "processes.jsonl")
+"""Files that a run may write before its first result."""
 
 
 @dataclass(frozen=True)
@@ -198,9 +200,9 @@ class OwnedRunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             with (path / "opening.lock").open("ab") as opening:
-                # One run at a time finds out who else is here and whose the folder is.
+                # One run at a time looks for other runs in the folder and for its config.
                 fcntl.flock(opening, fcntl.LOCK_EX)
-                self._take(config, shard)
+                self._claim(config, shard)
         except OSError as error:
             self._close()
             raise ValueError(
@@ -230,7 +232,8 @@ class OwnedRunFolder:
             if lock is not None:
                 lock.close()
 
-    def _take(self, config: Mapping[str, Any], shard: str | None) -> None:
+    def _claim(self, config: Mapping[str, Any], shard: str | None) -> None:
+        """Locks the folder, or a shard of it, for this run and writes or compares its config."""
         path = self._folder.path
         self._locks = [_lock(path / "run.lock")]
         if self._locks != [None]:
@@ -247,16 +250,17 @@ class OwnedRunFolder:
         self._belongs_to(config)
 
     def _forget_run_without_results(self) -> None:
+        """Removes the config of a run that ended before its first result."""
         path = self._folder.path
         if _stored(path) is None or any(any(path.glob(pattern)) for pattern in _RESULTS):
             return
-        claims = [_lock(lock) for lock in (path / "locks").glob("*.lock")]
-        if None not in claims:  # else a process of the run is still ending
-            for name in _OF_A_RUN:
+        locks = [_lock(file) for file in (path / "locks").glob("*.lock")]
+        if None not in locks:  # else a process of that run has not ended yet
+            for name in _BEFORE_RESULTS:
                 (path / name).unlink(missing_ok=True)
-        for claim in claims:
-            if claim is not None:
-                claim.close()
+        for lock in locks:
+            if lock is not None:
+                lock.close()
 
     def _belongs_to(self, config: Mapping[str, Any]) -> None:
         path = self._folder.path / "config.json"
@@ -276,7 +280,7 @@ class OwnedRunFolder:
 
 
 def _stored(path: Path) -> dict[str, Any] | None:
-    """The config.json of a run; None if there is none, or another file of that name."""
+    """The content of a run's config.json; None if it is missing, damaged or no run's."""
     try:
         stored = json.loads((path / "config.json").read_bytes())
     except (OSError, ValueError):
@@ -297,7 +301,7 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
 
 
 def _cut(value: Any) -> str:
-    """A value in a line; lists can have thousands of entries."""
+    """The text of a value, cut to 200 characters: lists can have thousands of entries."""
     text = str(value)
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
 

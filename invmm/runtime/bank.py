@@ -37,7 +37,7 @@ def draw_bank(
 
     Raises:
         ValueError: a block could not be drawn.
-        NonFiniteError: a sample is no number, so that no image can be compared with all of them.
+        NonFiniteError: the embedding of a sample is not finite; the whole bank is unusable then.
     """
     files = [folder.bank_block(block) for block in range(bank.num_blocks)]
     files[0].parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Whether another launcher runs this command several times over."""
+"""Recognises launchers (srun, mpirun, torchrun) that start several copies of one command."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class _Launcher:
-    """How a launcher tells its processes apart.
+    """How a launcher numbers its processes.
 
     Attributes:
-        name: for people.
-        count, index: environment variables; SLURM_NTASKS is no count, since a batch script has
-            it too and runs once.
-        single: how it is told to start one process.
+        name: in messages.
+        count: environment variable with the number of processes. For SLURM it is not SLURM_NTASKS,
+            which is set in a batch script too, although that runs once.
+        index: environment variable with the number of this process.
+        single: the option by which it starts one process.
     """
 
     name: str
@@ -35,14 +36,14 @@ _LAUNCHERS = (
 
 
 def refuse_copies(shard: str | None = None, *, can_shard: bool = True) -> None:
-    """Refuses to do in each of several processes what is to be done once.
+    """Refuses to run as one of several copies, each of which would do all of the work.
 
     Args:
-        shard: the part of the images that this process measures: it has work of its own.
-        can_shard: whether the command knows shards.
+        shard: the part of the images that this process measures; copies with shards are allowed.
+        can_shard: whether the command has the option `shard`.
 
     Raises:
-        ValueError: this is one of several processes.
+        ValueError: a launcher started several copies; names its variables and the cures.
     """
     for launcher in _LAUNCHERS if shard is None else ():
         index, count = _number(launcher.index, 0), _number(launcher.count, 1)

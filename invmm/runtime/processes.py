@@ -27,25 +27,25 @@ WORKER_DEATHS = (ProcessExitedException, ProcessRaisedException)
 """What a parent sees of a worker that was killed or raised."""
 
 
-_OF_LAUNCHERS = (
+_LAUNCHER_VARIABLES = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "STANDALONE_PORT", "TORCHELASTIC_USE_AGENT_STORE"),
 )
-"""Ranks and addresses by which other launchers tie processes together."""
+"""Environment variables by which launchers tell processes their ranks and addresses."""
 
 
 @contextmanager
 def own_processes(settings: TrainerSettings, **options: Any) -> Iterator[pl.Trainer]:
-    """A trainer that starts one process a device by itself and leaves none of them behind.
+    """A trainer that starts one process for each device, and ends them all with the block.
 
-    Within SLURM, torchrun, LSF, MPI or Kubeflow, Lightning would take theirs for its own: each
-    process that it starts would be rank 0 of 1.
+    Within SLURM, torchrun, LSF, MPI or Kubeflow, Lightning would read the launcher's variables in
+    the processes that it starts itself, and each of those would be rank 0 of 1.
 
     Args:
-        settings: devices.
-        options: further ones of `pl.Trainer`.
+        settings: accelerator and number of devices.
+        options: further options of `pl.Trainer`.
     """
-    inherited = {name: os.environ.pop(name) for name in _OF_LAUNCHERS if name in os.environ}
+    inherited = {name: os.environ.pop(name) for name in _LAUNCHER_VARIABLES if name in os.environ}
     launcher = None
     try:
         trainer = pl.Trainer(
@@ -64,8 +64,8 @@ def own_processes(settings: TrainerSettings, **options: Any) -> Iterator[pl.Trai
             process.terminate()
             process.join(timeout=10)
             process.kill()
-        for name in _OF_LAUNCHERS:
-            os.environ.pop(name, None)  # Lightning's
+        for name in _LAUNCHER_VARIABLES:
+            os.environ.pop(name, None)  # set by Lightning
         os.environ.update(inherited)
 
 

@@ -56,13 +56,13 @@ def progress_bar(folder: RunFolder, entries: Sequence[ImageEntry]) -> Iterator[N
 
 
 class TrainingBar(pl.Callback):
-    """Steps of a training; one that goes on counts the steps before, but not their time."""
+    """The bar of a training; a resumed one starts at its checkpoint and measures its own speed."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins at the step of the checkpoint, if there is one."""
+        """Opens the bar at the step of the checkpoint, or at 0."""
         self._bar = tqdm(
             total=trainer.max_steps,
             initial=trainer.global_step,
@@ -84,6 +84,6 @@ class TrainingBar(pl.Callback):
             self._bar.update(trainer.global_step - self._bar.n)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves the bar as it stands."""
+        """Closes the bar."""
         if self._bar is not None:
             self._bar.close()

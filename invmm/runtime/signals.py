@@ -32,15 +32,15 @@ def _raise(signum: int, frame: FrameType | None) -> None:
 
 
 def raise_on_signals() -> None:
-    """Turns SIGINT and SIGTERM into `Interrupted`, in place of whatever handled them.
+    """Turns SIGINT and SIGTERM into `Interrupted`, in place of the handlers before.
 
-    In a job of submitit SIGTERM queues the job again, as the signal does that submitit waits for.
+    In a job of submitit, SIGTERM queues the job again, as submitit's own signal (USR2) does.
     """
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _raise)
     requeue = _requeue_signal()
     if requeue is not None and signal.getsignal(requeue) == signal.SIG_DFL:
-        signal.signal(requeue, signal.SIG_IGN)  # of a worker; the process that started it acts
+        signal.signal(requeue, signal.SIG_IGN)  # in a worker: its parent handles the signal
 
 
 def ignore_signals() -> None:
@@ -51,7 +51,7 @@ def ignore_signals() -> None:
 
 
 def _requeue_signal() -> signal.Signals | None:
-    """The signal on which submitit queues its job again; None outside of its jobs."""
+    """The signal on which submitit queues a job again; None outside of submitit's jobs."""
     if "SUBMITIT_EXECUTOR" not in os.environ:
         return None
     name = os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")
@@ -59,17 +59,17 @@ def _requeue_signal() -> signal.Signals | None:
 
 
 def _queue_again() -> Callable[[int, FrameType | None], Any] | None:
-    """What queues this job again; None if nothing does, or the job is to end.
+    """Submitit's handler that queues this job again; None without one, or if the job is to end.
 
-    SLURM announces a preemption by SIGTERM, and by no other signal unless its administrator asked
-    for one. A job that was cancelled gets SIGTERM too, but does not count as running any more.
+    SLURM announces a preemption by SIGTERM, and by another signal only if its administrator set
+    one. A cancelled job gets SIGTERM too, but squeue does not list it as running any more.
     """
     requeue = _requeue_signal()
     handler = signal.getsignal(requeue) if requeue is not None else None
-    return handler if callable(handler) and _is_to_run() else None
+    return handler if callable(handler) and _counts_as_running() else None
 
 
-def _is_to_run() -> bool:
+def _counts_as_running() -> bool:
     """Whether SLURM, if this is one of its jobs, still counts the job as running."""
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
         return True

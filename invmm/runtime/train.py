@@ -68,7 +68,7 @@ def train(run: TrainRun) -> int:
 
     Raises:
         ValueError: the folder belongs to another config, the data set cannot be used, by this
-            model or at all, or the weights stopped being finite; nothing is exported of those.
+            model or at all, or the weights became non-finite, which are not exported.
     """
     if run.trainer.devices > 1 and run.training.batch_size % run.trainer.devices:
         raise ValueError(
@@ -90,7 +90,7 @@ def train(run: TrainRun) -> int:
         except Interrupted as signal:
             exit_code, reason = signal.exit_code, f"stopped by {signal}"
         except WORKER_DEATHS as error:
-            if DivergedError.__name__ in str(error):  # of a worker, whose error comes as text
+            if DivergedError.__name__ in str(error):  # a worker's error arrives as text
                 raise ValueError(last_line(error).partition(": ")[2]) from None
             reason = f"a worker died: {last_line(error)}"
         if not (folder.path / FINAL).exists():

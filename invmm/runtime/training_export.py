@@ -42,19 +42,19 @@ class AveragedWeights(WeightAveraging):
 
 
 class DivergedError(ValueError):
-    """The weights of a training are no numbers any more."""
+    """The weights of a training are not finite any more."""
 
 
 class Finiteness(pl.Callback):
-    """Ends a training whose weights are no longer finite, before they are saved or exported.
+    """Ends a training whose weights are not finite, before they are saved or exported.
 
-    It stands before all that saves. The averaged weights are looked at: what was not finite once
-    stays in them.
+    So it must come before the callbacks that save. It checks the averaged weights, which stay
+    non-finite once a trained weight was.
 
     Args:
-        settings: for the steps at which something is saved.
-        averaged: the weights.
-        every: steps after which it looks in any case.
+        settings: the steps at which something is saved.
+        averaged: keeps the averaged weights.
+        every: number of steps between further checks.
     """
 
     def __init__(self, settings: TrainingSettings, averaged: AveragedWeights, every: int) -> None:
@@ -64,7 +64,7 @@ class Finiteness(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
     ) -> None:
-        """Looks if this step is one to look at; all processes see the same.
+        """Checks the weights at this step if it is due; all processes have the same weights.
 
         Raises:
             DivergedError: a weight is not finite.

@@ -66,8 +66,8 @@ def verify(task: Verification) -> int:
     """Verifies, prints a table and writes verification.json into the folder of the run.
 
     Returns:
-        The exit code: 0 every record holds, or has no score to hold; 1 some record does not; 4
-        some cannot be verified, and none of the others does not hold.
+        The exit code: 0 every record holds, or has no score that could; 1 some record does not
+        hold; 4 some cannot be verified, and all others hold.
 
     Raises:
         ValueError: nothing can be verified: no such image, records of a measurement that saves no

@@ -65,7 +65,7 @@ class Worker:
             schedule=self.network.schedule, sampler=run.sampler, criterion=run.replication
         )
         self.measurement = run.measurement
-        self._without_bank: NonFiniteError | None = None
+        self._bank_fault: NonFiniteError | None = None
         self._claims: dict[str, tuple[ImageEntry, Claim]] = {}
         self._loaded: dict[str, LoadedImage] = {}
 
@@ -111,7 +111,7 @@ class Worker:
                 target.check_finite()
                 drawn = draw_bank(bank, target, self.setting, engine, self.folder)
             except NonFiniteError as error:
-                self._without_bank = error
+                self._bank_fault = error
             else:
                 self.measurement = SharedBank(drawn, recipe)
 
@@ -145,8 +145,8 @@ class Worker:
 
     def _start(self, entry: ImageEntry) -> Coroutine[Any, Any, Outcome]:
         loaded = self._loaded[entry.image_id] = self.dataset.load(entry)
-        if self._without_bank is not None:
-            raise self._without_bank
+        if self._bank_fault is not None:
+            raise self._bank_fault
         rng = image_generator(self.run.seed, entry.image_id)
         return self.measurement(self._target(entry, loaded), self.setting, rng)
 
@@ -193,7 +193,7 @@ class Worker:
         """Similarity of the closest sample by the control measure.
 
         Raises:
-            NonFiniteError: it gives no number.
+            NonFiniteError: an embedding is not finite.
         """
         if self.second_opinion is None or loaded is None or outcome.samples is None:
             return None

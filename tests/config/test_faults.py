@@ -226,7 +226,9 @@ def test_what_only_the_run_can_find_is_one_line_too(inputs, tmp_path):
 def test_collecting_from_nothing_is_a_fault(tmp_path):
     result = run([str(tmp_path)], tmp_path, "collect")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == f"invmm-collect: {tmp_path} holds no records\n"
+    assert (
+        result.stderr == f"invmm-collect: {tmp_path} holds no records; give the folder of a run\n"
+    )
 
 
 def test_an_interrupted_check_leaves_no_traceback(monkeypatch):
@@ -365,7 +367,7 @@ def test_a_scale_of_vq_latents_that_the_folder_does_not_tell(
         assert line.startswith("model.latent_scale=null leaves the scale open: scaling_factor=0.1")
         assert "use model.latent_scale=1.0 for unscaled latents" in line
     assert measure.COMMAND.run([*given, "model.latent_scale=1", "dry_run=true"]) == 0
-    assert "latents: 3x8x8, the autoencoder's times 1\n" in capsys.readouterr().out
+    assert "latents: 3x8x8, the autoencoder's output times 1\n" in capsys.readouterr().out
     for value in ("0", "-1", "nan", "inf", "one", "true", "[1]"):
         (line,) = faults(f"model.latent_scale={value}", given=given)
         assert re.match(rf"model\.latent_scale={re.escape(value)} is not possible: it", line)
@@ -409,10 +411,10 @@ def test_a_short_sampler_that_the_model_cannot_take_is_found_by_the_check(faults
 @pytest.mark.parametrize(("name", "keys", "message"), [
     ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "timestep_type=continuous is not"),
     ("EulerDiscreteScheduler", {"sigma_max": 700.0}, "sigma_max=700.0 is not supported"),
-    ("LCMScheduler", {}, "(it draws from distilled models, whose own way of sampling is not"),
-    ("EDMEulerScheduler", {"sigma_max": 80.0}, "(it holds no schedule that can be read; name"),
+    ("LCMScheduler", {}, "(it samples distilled models, which is not supported; measure"),
+    ("EDMEulerScheduler", {"sigma_max": 80.0}, "(no trained schedule can be read from it; name"),
     ("HeunDiscreteScheduler", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
-     "rescale_betas_zero_snr=true means nothing to a HeunDiscreteScheduler"),
+     "rescale_betas_zero_snr=true is ignored by the HeunDiscreteScheduler"),
     ("DDPMScheduler", {"beta_schedule": "squaredcos_cap_v2"},
      "sampler.timestep_spacing=trailing starts at timestep 999, where alpha-bar is 2.4e-09"),
 ])  # fmt: skip

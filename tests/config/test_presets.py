@@ -282,7 +282,7 @@ def test_a_machine_without_the_hub_is_told_what_is_assumed(no_hub, capsys):
     assert "\ndata set: not here, its size is taken as stated; dataset.path=korexyz/" in facts
     assert "\nmodel: architecture from the package's own table; CompVis/ldm-celebahq-256 " in facts
     assert "\nimages: 100 of 256x256 pixels\n" in facts
-    assert "\nlatents: 3x64x64, the autoencoder's times 1\n" in facts
+    assert "\nlatents: 3x64x64, the autoencoder's output times 1\n" in facts
     # 2,000 steps of 16, and 200 checks of 8 samples of 50 steps
     assert "112,000 forward (80,000 of them in samplers) and 32,000 backward\n" in facts
     assert "\nmemory of a GPU: about 14." in facts

@@ -161,7 +161,7 @@ def in_memory(unet, scheduler):
 def test_refused_schedulers_are_refused_by_name_from_folder_and_in_memory(folder_with, unet):
     for name in sorted(refused("schedulers") | set(FLOW_SCHEDULERS)):
         reason = "distilled models" if name in DISTILLED else "no schedule that can be read"
-        message = rf"wants its scheduler to be \['diffusers', '{name}'\] \(.*{reason}.*supported"
+        message = rf"names \['diffusers', '{name}'\] as its scheduler \(.*{reason}.*supported"
         with pytest.raises(ValueError, match=message):
             folder_with(name).describe()
         found = getattr(diffusers, name)
@@ -178,7 +178,7 @@ def test_parts_of_another_class_are_refused_in_memory(unet):
     text_unet = pipeline.unet
     own = type("MyUNet", (type(text_unet),), {})
     pipeline.unet = own(**dict(text_unet.config))
-    with pytest.raises(ValueError, match=r"wants its unet to be \['test_registries', 'MyUNet'\]"):
+    with pytest.raises(ValueError, match=r"names \['test_registries', 'MyUNet'\] as its unet"):
         BorrowedModel(pipeline)
     pipeline.unet = text_unet
     pipeline.vae = pipelines.vq_autoencoder()
@@ -337,5 +337,5 @@ def test_models_on_betas_and_on_flows_do_not_take_each_others_schedulers(text_pi
         (text_pipeline, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)),
     ):
         pipeline.scheduler = scheduler
-        with pytest.raises(ValueError, match=r"wants its scheduler to be .*; supported are"):
+        with pytest.raises(ValueError, match=r"names .* as its scheduler.*; supported are"):
             BorrowedModel(pipeline)

@@ -90,8 +90,8 @@ def test_the_same_call_goes_on_and_another_picture_is_another_run(
         ([3], (), None, "give a PIL image or a path"),
         (None, (), ["a", "b", "c"], "prompts has 3 entries for 2 images"),
         (None, ("inversion.num_stepz=3", "seed=x"), None, "(?s)num_stepz.*did you mean.*seed=x"),
-        (None, ("model.dtype=float16",), None, "model.dtype=float16 is not for Python"),
-        (None, ("execution.compile=true",), None, "would change the pipeline for good"),
+        (None, ("model.dtype=float16",), None, "model.dtype=float16 cannot be given in Python"),
+        (None, ("execution.compile=true",), None, "would alter the pipeline for good"),
         (None, ("trainer.devices=2",), None, "trainer.devices must be 1"),
         (None, ("prompt=caption",), None, "use prompt=none"),
     ],
@@ -138,7 +138,7 @@ def test_a_scheduler_that_cannot_be_read_is_refused(pixel_pipeline, tmp_path):
     from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
 
     for scheduler, message in (
-        (LCMScheduler(), r"the pipeline in memory wants its scheduler .*LCMScheduler.*distilled"),
+        (LCMScheduler(), r"pipeline in memory names .*LCMScheduler.* as its .*distilled"),
         (DDIMScheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr=true leaves no"),
         (EulerDiscreteScheduler(timestep_type="continuous"), "timestep_type=continuous is not"),
     ):

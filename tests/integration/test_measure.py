@@ -48,7 +48,7 @@ def test_a_run_whose_images_all_fail_is_incomplete(model, tmp_path):
     result = tiny.invmm(arguments, env=shell)
     assert result.returncode == 3, result.stderr
     (line,) = [line for line in result.stderr.splitlines() if "no image was measured" in line]
-    assert line.startswith("no image was measured: 2 FAILED, all by: ImageError: ")
+    assert line.startswith("no image was measured: 2 FAILED, all with the error: ImageError: ")
     assert (tmp_path / "run" / "gallery.png").exists()
     assert (tmp_path / "run" / "scores.csv").exists()
     assert tiny.invmm(arguments, env=shell).returncode == 3  # as long as it is so

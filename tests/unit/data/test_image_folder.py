@@ -135,11 +135,11 @@ def test_bad_lines_are_reported_by_number(tmp_path):
     )  # fmt: skip
     dataset = opened(tmp_path)
     assert list(dataset.problems) == [
-        "metadata.jsonl, line 1 is not a JSON object with file_name; the same of 4 more: "
+        "metadata.jsonl, line 1 is not a JSON object with file_name; likewise 4 more: "
         "metadata.jsonl, line 3, metadata.jsonl, line 4, metadata.jsonl, line 5, ...",
-        "metadata.jsonl, line 7: file_name 7 is not a name; the same of 1 more: "
+        "metadata.jsonl, line 7: file_name 7 is not a name; likewise 1 more: "
         "metadata.jsonl, line 8",
-        "metadata.jsonl, line 10: 'a.png' stands twice; the first line counts",
+        "metadata.jsonl, line 10: 'a.png' is listed twice; the first line is used",
     ]
     assert [(entry.image_id, entry.caption) for entry in dataset.entries] == [("a.png", "first")]
 
@@ -295,7 +295,7 @@ def test_split_and_copies_of_the_metadata(tmp_path):
         ("unknown", None, None),
     ]
     assert list(dataset.problems) == [
-        "'d.png': split held_out contradicts copies 1; train counts",
+        "'d.png': split held_out contradicts copies 1; train is used",
         "'e.png': split 'test' is none of train, held_out, unknown",
         "'e.png': copies True is not a number of copies",
     ]

@@ -38,8 +38,8 @@ def test_what_is_neither_is_refused(value):
 @pytest.mark.parametrize(("images", "prompts", "refusal"), [
     (PICTURES, ["a", "b"], "prompts has 2 entries for 3 images; give one for each, None where"),
     (PICTURES, ["a"] * 11, "prompts has 11 entries for 3 images"),
-    (PICTURES, {"fox": "a"}, "prompts has 'fox', which is none of the images; give prompts in"),
-    ({1: PICTURES[0], "1": PICTURES[1]}, None, "images has two keys that are one as text"),
+    (PICTURES, {"fox": "a"}, "prompts has 'fox', which is none of the images; give prompts by"),
+    ({1: PICTURES[0], "1": PICTURES[1]}, None, "images has two keys with the same text"),
 ])  # fmt: skip
 def test_prompts_that_do_not_fit_are_refused(images, prompts, refusal):
     with pytest.raises(ValueError, match=f"^{refusal}"):

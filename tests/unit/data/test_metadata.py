@@ -106,7 +106,7 @@ def test_metadata_in_subfolders_names_the_images_beside_it(folder):
         "test/3.png": "three",
     }
     assert list(dataset.problems) == [
-        "'train/1.png' is listed in train/metadata.jsonl and metadata.csv; the nearer one counts"
+        "'train/1.png' is listed in train/metadata.jsonl and metadata.csv; the nearer one is used"
     ]
 
 
@@ -114,7 +114,7 @@ def test_an_image_that_only_other_folders_metadata_leaves_out_is_named(folder):
     root = folder("a/1.png", "a/x/2.png", "b/3.png")
     write(root / "a/metadata.csv", [{"file_name": "1.png", "text": "one"}])
     assert list(opened(root).problems) == [
-        "'a/x/2.png' is not listed in a/metadata.csv; the same of 1 more: 'b/3.png'"
+        "'a/x/2.png' is not listed in a/metadata.csv; likewise 1 more: 'b/3.png'"
     ]
 
 
@@ -152,7 +152,7 @@ def test_columns_are_found_or_named(columns, options, folder):
     ({"file_name": "1.png", "text": "a"}, {"image": "img"},
      r"metadata\.csv names no image: every line has no img .*dataset\.image=COLUMN"),
     ({"file_name": "1.png", "text": "a"}, {"caption": "alt"},
-     r"dataset\.caption=alt is no column of its metadata, which has file_name, text: give one"),
+     r"dataset\.caption=alt is no column of its metadata; there are file_name, text; give one"),
     ({"file_name": "1.png", "text": "a"}, {"label": "cls"},
      r"dataset\.label=cls is no column of .* or dataset\.label=null"),
     ({"file_name": "1.png", "cls": "cat"}, {"label": "cls"},
@@ -168,7 +168,7 @@ def test_what_has_no_single_meaning_is_refused(row, options, refusal, folder):
 
 
 def test_a_named_column_without_any_metadata_is_refused(folder):
-    with pytest.raises(ValueError, match=r"^dataset\.caption=text is no column of .*it has none"):
+    with pytest.raises(ValueError, match=r"^dataset\.caption=text names .* has no metadata; use"):
         opened(folder("1.png"), caption="text")
 
 
@@ -203,9 +203,9 @@ def test_cells_that_are_not_those_of_the_header_are_no_caption(folder):
     dataset = opened(root)
     assert [entry.caption for entry in dataset.entries] == [None, "two", None]
     cells, unlisted = dataset.problems
-    assert cells.startswith("metadata.csv, line 2 is not used: its cells are not the 2 of the head")
-    assert cells.endswith("needs quotes; the same of 1 more: metadata.csv, line 5")
-    assert unlisted == "'1.png' is not listed in metadata.csv; the same of 1 more: '3.png'"
+    assert cells.startswith("metadata.csv, line 2 is not used: its number of cells is not the 2 of")
+    assert cells.endswith("in quotes; likewise 1 more: metadata.csv, line 5")
+    assert unlisted == "'1.png' is not listed in metadata.csv; likewise 1 more: '3.png'"
 
 
 def test_a_parquet_file_that_is_none_or_claims_too_much_is_refused(folder, monkeypatch):
@@ -242,7 +242,7 @@ def test_captions_that_are_no_texts_are_named_and_counted(folder):
     dataset = opened(root)
     assert [entry.caption for entry in dataset.entries] == [None] * 4
     assert list(dataset.problems) == [
-        "'0.png': caption 0 is not a text; the same of 2 more: '1.png', '2.png'"
+        "'0.png': caption 0 is not a text; likewise 2 more: '1.png', '2.png'"
     ]
     with pytest.raises(ValueError, match=r"^dataset\.caption=text is a column without captions: "):
         opened(root, caption="text")
@@ -255,11 +255,11 @@ def test_repeated_missing_and_outside_rows_are_one_line_each(folder):
     dataset = opened(root)
     assert len(dataset.entries) == 12
     assert list(dataset.problems) == [
-        "metadata.csv, line 3: '1.png' stands twice; the first line counts; the same of 3 more: "
+        "metadata.csv, line 3: '1.png' is listed twice; the first line is used; likewise 3 more: "
         "metadata.csv, line 4, metadata.csv, line 5, metadata.csv, line 6",
-        "'../x.png': metadata.csv names a file outside the data folder; the same of 1 more: "
+        "'../x.png': metadata.csv names a file outside the data folder; likewise 1 more: "
         "'/etc/passwd'",
-        "'gone0.png': listed in metadata.csv but missing; the same of 8 more: 'gone1.png', "
+        "'gone0.png': listed in metadata.csv but missing; likewise 8 more: 'gone1.png', "
         "'gone2.png', 'gone3.png', ...",
     ]
 

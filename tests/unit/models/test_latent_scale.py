@@ -147,7 +147,7 @@ def test_no_scale_is_refused_in_one_line(value, is_vq):
         latent_scale({"scaling_factor": value}, is_vq=is_vq)
     assert "\n" not in str(told.value)
     if value is not None:
-        with pytest.raises(ValueError, match=r"model\.latent_scale=.* is no scale"):
+        with pytest.raises(ValueError, match=r"model\.latent_scale=.* cannot be a scale"):
             latent_scale({}, is_vq=is_vq, given=value)
 
 

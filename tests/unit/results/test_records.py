@@ -84,12 +84,12 @@ def test_a_run_of_failures_says_what_most_of_them_are(folder):
         assert why_nothing_is_measured(folder, entries) is None  # some are missing
         written.write(folder, entry, Outcome(status=status, error=error))
     assert why_nothing_is_measured(folder, entries[:3]) == (
-        "no image was measured: 2 FAILED and 1 DIVERGED, 2 of them by: ImageError: no image. What "
-        "FAILED is measured again by the same command with retry_failed=true"
+        "no image was measured: 2 FAILED and 1 DIVERGED, 2 of them with the error: ImageError: "
+        "no image. The same command with retry_failed=true measures again the images that FAILED"
     )
     line = why_nothing_is_measured(folder, entries[1:2])
     assert line is not None
-    assert "1 DIVERGED, all by: a sample is not finite" in line
+    assert "1 DIVERGED, all with the error: a sample is not finite" in line
     written.write(folder, entries[3], written.outcome(Status.NOT_REPLICATED, similarity=0.1))
     assert why_nothing_is_measured(folder, entries) is None
 
