@@ -11,7 +11,7 @@ import yaml
 from invmm.cli.compose import digest_of
 from invmm.cli.lists import shortened
 from invmm.cli.recipes import MeasureConfig
-from invmm.data.hub import NotReachedError
+from invmm.data.parquet_files import NotReachedError
 from invmm.engine.outcomes import CostRange, Evaluations
 from invmm.models.adapter import ModelInfo, ModelRecipe
 from invmm.models.cost import CallCost

@@ -10,13 +10,12 @@ from __future__ import annotations
 import glob
 import io
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, MinLen
@@ -31,26 +30,11 @@ from invmm.data.dataset import (
 )
 from invmm.data.folder import ImageFolder, OpenFolder
 from invmm.data.images import MIN_SIDE, Resize, load_image
-from invmm.data.metadata import METADATA_FILES
 from invmm.data.openmoji import cache_folder
+from invmm.data.parquet_files import ParquetFiles, is_data
 from invmm.data.problems import Problems
 from invmm.data.values import Tally, caption_of, is_absent, label_of
 from invmm.files import json_digest, write_atomically
-
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-
-
-class NotReachedError(ValueError):
-    """A data set is not on this machine and could not be fetched.
-
-    Args:
-        reason: with key, value and cure.
-        num_images: how many it would give, None if nobody said.
-    """
-
-    def __init__(self, reason: str, num_images: int | None) -> None:
-        super().__init__(reason)
-        self.num_images = num_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +103,16 @@ class HubImages:
             ValueError: not there, no parquet files of the split, or a column that is not there.
         """
         root = Path(self.path).expanduser()
-        if root.is_dir() and not any(map(_is_data, root.rglob("*.parquet"))):
+        if root.is_dir() and not any(map(is_data, root.rglob("*.parquet"))):
             return self._image_folder(size)
-        files, remarks = self._files(root)
+        files, remarks = ParquetFiles(
+            path=self.path,
+            name=self.name,
+            revision=self.revision,
+            split=self.split,
+            streaming=self.streaming,
+            num_images=len(self.ids or self.rows or ()) or self.first or self.num_images,
+        ).find()
         if self.streaming:
             files, numbers = [self._streamed(files)], self._wanted(None)
             table = self._table(files)
@@ -172,79 +163,6 @@ class HubImages:
         if (last := max(chosen)) >= count:
             key = f"first={self.first}" if self.first is not None else f"rows up to {last}"
             raise ValueError(f"dataset.{key} asks for more than the {count} rows of {self.path}")
-        return list(chosen)
-
-    def _files(self, root: Path) -> tuple[list[str], list[str]]:
-        """Names of the parquet files of the split, and remarks on those that are left out."""
-        if root.is_file():
-            return [str(root.resolve())], []
-        if root.is_dir():
-            inside = {
-                path.relative_to(root).as_posix(): path
-                for path in sorted(filter(_is_data, root.rglob("*.parquet")))
-                if path.resolve().is_relative_to(root.resolve())
-            }
-            left_out = sum(map(_is_data, root.rglob("*.parquet"))) - len(inside)
-            problems = [f"{left_out} parquet files are links that lead out of the data folder"]
-            chosen = self._of_split(list(inside))
-            return [str(inside[name].resolve()) for name in chosen], problems * bool(left_out)
-        if not _HUB_ID.fullmatch(self.path):
-            raise self._not_reached("is no file or folder here and no hub id (owner/name)")
-        return self._fetched(), []
-
-    def _fetched(self) -> list[str]:
-        """The files of a hub repository; on disk, or their addresses for streaming."""
-        from huggingface_hub import HfApi, snapshot_download
-
-        try:
-            if self.streaming:
-                info = HfApi().dataset_info(self.path, revision=self.revision)
-                start = f"hf://datasets/{self.path}@{info.sha}/"
-                names = [file.rfilename for file in info.siblings or ()]
-            else:
-                root = snapshot_download(
-                    self.path,
-                    repo_type="dataset",
-                    revision=self.revision,
-                    allow_patterns=[f"{self.name or ''}*{self.split}*.parquet"],
-                )
-                start = f"{root}/"
-                names = [path.relative_to(root).as_posix() for path in Path(root).rglob("*.*")]
-        except Exception as error:  # whatever the network makes the client raise
-            reason = str(error).strip().splitlines()[0]
-            raise self._not_reached(
-                f"is no file or folder here and could not be fetched from the hub ({reason}); a "
-                "gated data set needs `hf auth login` first; elsewhere, `hf download --repo-type "
-                f"dataset {self.path} --local-dir FOLDER` makes a folder for dataset.path"
-            ) from error
-        return [start + name for name in self._of_split(names)]
-
-    def _of_split(self, names: Sequence[str]) -> list[str]:
-        """The parquet files of the split and configuration.
-
-        Raises:
-            ValueError: none, or those of several configurations.
-        """
-        chosen = {}
-        for name in sorted(name for name in names if _is_data(PurePosixPath(name))):
-            path = PurePosixPath(name)
-            folders = [part for part in path.parts[:-1] if part != self.split]
-            is_of_split = re.match(rf"{re.escape(self.split)}\b", path.name)
-            if (is_of_split or self.split in path.parts) and self.name in (None, *folders):
-                chosen[name] = "/".join(folders)
-        where = f"dataset.path={self.path}"
-        if not chosen:
-            seen = ", ".join(sorted(names)[:5]) or "none"
-            raise ValueError(
-                f"{where} has no parquet files of dataset.split={self.split} and dataset.name="
-                f"{self.name or 'null'} (files: {seen}); on the hub, "
-                "dataset.revision=refs/convert/parquet has those of any data set"
-            )
-        if len(configurations := sorted(set(chosen.values()))) > 1:
-            raise ValueError(
-                f"{where} holds several configurations; give dataset.name, one of "
-                f"{', '.join(configurations)}"
-            )
         return list(chosen)
 
     def _streamed(self, files: Sequence[str]) -> str:
@@ -369,10 +287,6 @@ class HubImages:
             )
         ]
 
-    def _not_reached(self, what: str) -> NotReachedError:
-        count = len(self.ids or self.rows or ()) or self.first or self.num_images
-        return NotReachedError(f"dataset.path={self.path} {what}", count)
-
 
 @dataclass(frozen=True, kw_only=True)
 class OpenRows:
@@ -397,11 +311,6 @@ class OpenRows:
     def training_entries(self) -> list[ImageEntry]:
         """All rows, one copy each, if they were not held out."""
         return [replace(e, copies=1) for e in self.everything if e.split != "held_out"]
-
-
-def _is_data(path: PurePath) -> bool:
-    """Whether a parquet file may hold images; `metadata.parquet` only describes other files."""
-    return path.suffix == ".parquet" and path.name not in METADATA_FILES
 
 
 def _version(file: str) -> list[int]:

@@ -14,7 +14,8 @@ from PIL import Image
 
 from invmm.data.dataset import ImageError
 from invmm.data.folder import ImageFolder
-from invmm.data.hub import HubImages, NotReachedError
+from invmm.data.hub import HubImages
+from invmm.data.parquet_files import NotReachedError
 
 pytest.importorskip("datasets")
 
