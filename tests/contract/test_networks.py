@@ -267,8 +267,9 @@ def test_ddim_equals_the_pipeline_itself(eta, prediction_type, monkeypatch):
     monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *args, **options: noise)
     (images,) = pipeline(
         batch_size=ROWS, generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        eta=eta, num_inference_steps=10, output_type="pt", return_dict=False,
+        eta=eta, num_inference_steps=10, output_type="np", return_dict=False,
     )  # fmt: skip
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
     sampler = Sampler(scheduler="ddim", num_inference_steps=10, eta=eta)
     pixels = network.decode(ours(network, sampler, noise, seeds))
     torch.testing.assert_close(pixels, images * 2 - 1, rtol=0, atol=1e-5)
