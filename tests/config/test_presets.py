@@ -285,7 +285,9 @@ def test_a_machine_without_the_hub_is_told_what_is_assumed(no_hub, capsys):
     assert "\nlatents: 3x64x64, the autoencoder's output times 1\n" in facts
     # 2,000 steps of 16, and 200 checks of 8 samples of 50 steps
     assert "112,000 forward (80,000 of them in samplers) and 32,000 backward\n" in facts
-    assert "\nmemory of a GPU: about 14." in facts
+    memory = re.search(r"\nmemory of a GPU: about ([\d.]+) GiB", facts)
+    assert memory
+    assert 14 <= float(memory[1]) <= 15  # 14.7; torch 2.7 keeps more for an attention: 15.0
     overrides = ["experiment=paper_celebahq", "dataset.first=null", "dataset.num_images=null"]
     assert measure.COMMAND.run([*overrides, "dataset.streaming=false", "dry_run=true"]) == 2
     assert "could not be fetched from the hub (no connection)" in capsys.readouterr().err
