@@ -21,6 +21,7 @@ from invmm.diffusion.scheduler_config import (
     class_of,
     resolved,
     scheduler_class,
+    shown,
 )
 
 _Read = TypeVar("_Read")
@@ -82,6 +83,11 @@ class NoiseSchedule:
                 f"beta_schedule={keys['beta_schedule']} is unknown to {class_of(config)}; use "
                 "linear, scaled_linear or squaredcos_cap_v2, as the model was trained"
             ) from None
+        except (TypeError, RuntimeError) as error:
+            values = ", ".join(f"{key}={shown(options[key])}" for key in options)
+            raise ValueError(
+                f"{values[:200]} give no betas; use numbers between 0 and 1, as it was trained"
+            ) from error
         if not ((betas > 0) & (betas < 1)).all():
             raise ValueError(
                 f"the betas reach from {betas.min():.3g} to {betas.max():.3g}; each must lie "

@@ -130,10 +130,10 @@ def check_config(config: Mapping[str, Any]) -> tuple[int, str]:
     for key, (neutral, effect) in {**_NEUTRAL, **(_NEUTRAL_FLOW if is_flow else {})}.items():
         value = config.get(key, neutral)
         if value != neutral and not (value is None and neutral is False):
-            cure = _CURES.get(key, f"use {key}={_shown(neutral)} if the model was trained so")
+            cure = _CURES.get(key, f"use {key}={shown(neutral)} if the model was trained so")
             shift = config.get("flow_shift", 1.0)
             raise ValueError(
-                f"{key}={_shown(value)} is not supported: {effect}; {cure.format(flow_shift=shift)}"
+                f"{key}={shown(value)} is not supported: {effect}; {cure.format(flow_shift=shift)}"
             )
     count = config.get("num_train_timesteps", 1000)
     if type(count) is not int or not 1 <= count <= _MAX_TIMESTEPS:
@@ -212,6 +212,6 @@ def _check_shift(shift: Any) -> None:
         )
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as a JSON file spells it."""
     return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -48,6 +48,12 @@ class BorrowedModel:
             LATENT_PIPELINES[name].family.classes(source, index)
         else:
             check_components(source, index)
+        for part, module in self._parts().items():
+            if _is_offloaded(module):
+                raise ValueError(
+                    f"the {part} of the pipeline is offloaded, and would move between devices at "
+                    "every call; make the pipeline anew without offloading and call .to(DEVICE)"
+                )
 
     @contextmanager
     def as_it_was(self) -> Iterator[None]:
@@ -167,9 +173,20 @@ class BorrowedModel:
     @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
-        part = getattr(self.pipeline, "unet", None) or self.pipeline.transformer
-        return part.device
+        part = getattr(self.pipeline, "unet", None)
+        # A compiled part has no truth value.
+        return self.pipeline.transformer.device if part is None else part.device
 
     def _parts(self) -> dict[str, nn.Module]:
         components = self.pipeline.components.items()
         return {name: part for name, part in components if isinstance(part, nn.Module)}
+
+
+def _is_offloaded(part: nn.Module) -> bool:
+    """Whether some weights lie elsewhere than where they are used."""
+    for module in part.modules():
+        hook = getattr(module, "_hf_hook", None)  # of accelerate
+        for one in getattr(hook, "hooks", [hook]):
+            if type(one).__name__ == "CpuOffload" or getattr(one, "offload", False):
+                return True
+    return any(value.is_meta for value in part.parameters())

@@ -116,12 +116,12 @@ def check_text_width(parts: Parts, denoiser: str, encoders: Sequence[str]) -> No
     """
     width = sum(parts.integer(encoder, "hidden_size") for encoder in encoders)
     read = parts.value(denoiser, "cross_attention_dim")
-    for one in read if isinstance(read, (list, tuple)) else [read]:
-        if one != width:
-            parts.refuse(
-                denoiser, "cross_attention_dim",
-                f"its text encoders return {width}; give the text encoders of its training",
-            )  # fmt: skip
+    widths = read if isinstance(read, (list, tuple)) else [read]
+    if not widths or any(one != width for one in widths):
+        parts.refuse(
+            denoiser, "cross_attention_dim",
+            f"its text encoders return {width}; give the text encoders of its training",
+        )  # fmt: skip
 
 
 def check_tokenizers(parts: Parts) -> None:
@@ -135,7 +135,8 @@ def check_tokenizers(parts: Parts) -> None:
         if encoder == name or not parts.is_a(encoder, "CLIPTextModel"):
             continue
         longest = parts.integer(encoder, "max_position_embeddings")
-        if parts.integer(name, "model_max_length") > longest:
+        length = parts.value(name, "model_max_length")  # without one, a prompt has no end
+        if type(length) is not int or not 1 <= length <= longest:
             parts.refuse(
                 name, "model_max_length",
                 f"the {encoder} reads {longest} tokens; set it to {longest} in "

@@ -16,6 +16,7 @@ from typing import Any
 
 from invmm.models.known import known_architecture
 from invmm.models.parts import (
+    ABSENT,
     SCHEDULERS,
     no_weights,
     pipeline_name,
@@ -107,7 +108,8 @@ def open_folder(
             "network); give a folder written by save_pretrained"
         )
     unet_config = read_json(unet / "config.json")
-    if (own := unet_config.get("_class_name")) != "UNet2DModel":
+    said = None if scheduler_config is None else "UNet2DModel"  # by the index
+    if (own := unet_config.get("_class_name", said)) != "UNet2DModel":
         part = "; a part of a pipeline cannot be measured alone: give the pipeline's folder"
         raise ValueError(
             f"model.path={path} holds a {own}; supported is UNet2DModel{part if own else ''}"
@@ -218,7 +220,8 @@ def check_components(source: str, index: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the part, its class and the supported ones.
     """
-    for name in [name for name in index if not name.startswith("_")] + list(COMPONENTS):
+    present = [name for name, value in index.items() if value not in ABSENT]
+    for name in [name for name in present if not name.startswith("_")] + list(COMPONENTS):
         if name not in COMPONENTS:
             raise ValueError(
                 f"{source} names the component {name!r} in model_index.json; expected "

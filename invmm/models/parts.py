@@ -23,6 +23,8 @@ SCHEDULERS = tuple(f"diffusers.{name}" for name in BETA_SCHEDULERS)
 """Schedulers of models on a schedule of betas, in folders and in memory."""
 RECTIFIED_FLOWS = tuple(f"diffusers.{name}" for name in FLOW_SCHEDULERS)
 """Schedulers of rectified flows."""
+ABSENT = (None, [None, None])
+"""What a model_index.json says of parts that the pipeline may have and this one has not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +77,9 @@ class Family:
                 f"{source} has force_zeros_for_empty_prompt={zeros} in model_index.json; "
                 "use true or false"
             )
-        for name in index:
+        for name, value in index.items():
             known = (*self.parts, *self.ignored, *self.settings, "requires_aesthetics_score")
-            if not name.startswith("_") and name not in known:
+            if not name.startswith("_") and name not in known and value not in ABSENT:
                 raise ValueError(
                     f"{source} names the component {name!r} in model_index.json; "
                     f"expected are {', '.join(self.parts)}"
@@ -85,7 +87,7 @@ class Family:
         found = {}
         for name, classes in self.parts.items():
             value = index.get(name)
-            if value in (None, [None, None]) and name in self.optional:
+            if value in ABSENT and name in self.optional:
                 continue
             joined = ".".join(map(str, value)) if isinstance(value, list) else str(value)
             if joined not in classes:

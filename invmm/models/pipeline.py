@@ -27,7 +27,7 @@ from invmm.models.stable_diffusion import StableDiffusion, StableDiffusion3, Sta
 from invmm.models.trial import as_a_fault, check_shape, try_out
 
 _CLIP_TOKENS = 77
-_RENAMED = {"Transformer2DModel", "DiTTransformer2DModel"}
+_RENAMED = ["DiTTransformer2DModel", "Transformer2DModel"]
 
 _FITTING: set[str] = set()
 """Digests of configs whose parts this process found to fit together.
@@ -100,8 +100,12 @@ class LatentPipeline:
 
     def schedule(self) -> NoiseSchedule:
         """See `ModelRecipe`."""
-        config = self._folder(weights=False).scheduler()
-        return read_scheduler(f"model.path={self.path}", lambda: NoiseSchedule.from_config(config))
+        folder, source = self._folder(weights=False), f"model.path={self.path}"
+        config, name = folder.scheduler(), folder.classes["scheduler"]
+        found = read_scheduler(source, lambda: NoiseSchedule.from_config(config))
+        # Keys that are not read may still be such that the pipeline cannot be made.
+        load_part(folder.path, "scheduler", name, variant=None, dtype=None)
+        return found
 
     def try_out(self) -> None:
         """Runs its parts on the meta device, without weights.
@@ -117,8 +121,12 @@ class LatentPipeline:
             return
         condition = network.blank_condition(folder.config(family.denoiser), 1, folder.num_tokens)
         meta = {name: value.to("meta") for name, value in condition.items()}
+        named, own = f"model.path={self.path}", (family.denoiser, family.autoencoder)
+        with as_a_fault(named):
+            for name in self._weights(folder).keys() - own:
+                folder.blank(name)
         try_out(
-            f"model.path={self.path}",
+            named,
             lambda: (folder.blank(family.denoiser), folder.blank(family.autoencoder)),
             lambda denoiser, latents, steps: network.evaluate(denoiser, latents, steps, meta),
             shape,
@@ -263,9 +271,17 @@ class PipelineFolder:
             file = self.path / name / f"{'tokenizer_' * is_tokenizer}config.json"
             if not is_tokenizer or file.is_file():
                 configs[name] = read_json(file)
+            elif file.parent.is_dir():
+                configs[name] = {}
         for name, config in configs.items():
+            if config.get("quantization_config"):
+                raise ValueError(
+                    f"the {name} of model.path={path} has a quantization_config in its "
+                    "config.json, and quantised weights are not read from folders; give the model "
+                    "in float16 or float32"
+                )
             own = config.get("_class_name", classes[name])
-            if own != classes[name] and {own, classes[name]} != _RENAMED:
+            if own != classes[name] and sorted(map(str, (own, classes[name]))) != _RENAMED:
                 raise ValueError(
                     f"the {name} of model.path={path} has _class_name={own} in its config.json, "
                     f"and model_index.json says {classes[name]}; save the model again"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 from invmm.diffusion.guidance import Condition
@@ -16,6 +18,7 @@ from invmm.models.latent import LatentNetwork
 from invmm.models.parts import RECTIFIED_FLOWS, SCHEDULERS, Family
 from invmm.models.prompt_search import clip_output, with_columns
 
+_SIZE_IS_MEANT, _SET_SIZE = Version("0.9.0.dev0"), 64
 _TOKENIZERS = ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")
 
 
@@ -39,6 +42,11 @@ class StableDiffusion(LatentNetwork):
         ignored=("safety_checker", "feature_extractor", "image_encoder"),
         settings=("requires_safety_checker",),
     )
+
+    @classmethod
+    def checked_shape(cls, parts: Parts, image_size: int | None) -> tuple[int, int, int]:
+        """See `LatentNetwork`: of old folders, the size that their pipeline sets in memory."""
+        return super().checked_shape(_with_set_size(parts), image_size)
 
     @staticmethod
     def check_condition(parts: Parts) -> None:
@@ -113,6 +121,13 @@ class StableDiffusionXL(LatentNetwork):
                 "an aesthetic score instead: give the base model",
             )  # fmt: skip
         check_text_width(parts, "unet", ["text_encoder", "text_encoder_2"])
+        own, other = "tokenizer_2", "tokenizer"
+        if {own, other} <= parts.configs.keys():
+            if parts.value(own, "model_max_length") != parts.value(other, "model_max_length"):
+                parts.refuse(
+                    own, "model_max_length", f"the embeddings of both lie side by side; give the "
+                    f"{other} the same (tokenizer_config.json)",
+                )  # fmt: skip
 
     def condition(self, prompt: str | int | None) -> Condition:
         """Embeddings of both encoders, the pooled one of the second, and the image's size."""
@@ -261,6 +276,24 @@ class StableDiffusion3(LatentNetwork):
             "prompt_embeds": torch.zeros(rows, tokens + 256, config["joint_attention_dim"]),
             "pooled_embeds": torch.zeros(rows, config["pooled_projection_dim"]),
         }
+
+
+def _with_set_size(parts: Parts) -> Parts:
+    """With 64 for a sample_size below it of U-Nets saved before 0.9.0, as diffusers corrects it.
+
+    Raises:
+        ValueError: the version is none, on which the pipeline itself fails.
+    """
+    config, size = parts.configs["unet"], parts.value("unet", "sample_size")
+    if parts.source is None or "_diffusers_version" not in config:
+        return parts  # in memory the pipeline has done so
+    try:
+        version = Version(Version(config["_diffusers_version"]).base_version)
+    except (InvalidVersion, TypeError):
+        parts.refuse("unet", "_diffusers_version", "it is no version, such as 0.9.0; remove it")
+    if version >= _SIZE_IS_MEANT or not isinstance(size, int) or size >= _SET_SIZE:
+        return parts
+    return replace(parts, configs={**parts.configs, "unet": {**config, "sample_size": _SET_SIZE}})
 
 
 def _text_width(config: Mapping[str, Any]) -> int:

@@ -52,6 +52,9 @@ REFUSED = [
     ("sd1 epsilon", "unet", {"out_channels": 8}, "learned variance"),
     ("sd1 epsilon", "unet", {"cross_attention_dim": 32}, "text encoders return 16"),
     ("sd1 epsilon", "unet", {"cross_attention_dim": [16, 32]}, "text encoders return 16"),
+    ("sd1 epsilon", "unet", {"cross_attention_dim": []}, "text encoders return 16"),
+    ("sd1 epsilon", "unet", {"_class_name": ["my_code", "MyUNet"]}, "says UNet2DConditionModel"),
+    ("sd1 epsilon", "vae", {"_class_name": {}}, "model_index.json says AutoencoderKL"),
     ("sdxl", "unet", {"cross_attention_dim": 16}, "text encoders return 32"),
     ("sd1 epsilon", "unet", {"sample_size": None}, "images must be square; "),
     ("sd1 epsilon", "unet", {"sample_size": [8, 16]}, "images must be square; "),
@@ -175,12 +178,109 @@ def test_a_config_of_another_class_than_the_index_says_is_refused(saved, tmp_pat
         recipe.describe()
 
 
-def test_more_tokens_than_places_are_refused(saved, tmp_path):
-    values = {"model_max_length": 10**30}
+@pytest.mark.parametrize("length", [10**30, None, "77", 0])
+def test_more_tokens_than_places_are_refused(length, saved, tmp_path):
     file = "tokenizer/tokenizer_config.json"
-    recipe = changed(saved["sdxl"], file, tmp_path / "m", values)
-    with pytest.raises(ValueError, match=r"tokenizer of .* has model_max_length=.*set it to 77"):
+    recipe = changed(saved["sdxl"], file, tmp_path / "m", {"model_max_length": length})
+    message = r"tokenizer of .* has model_max_length=.*set it to 77"
+    with pytest.raises(ValueError, match=message):
         recipe.describe()
+    (Path(recipe.path) / file).unlink()  # then transformers sets no limit
+    with pytest.raises(ValueError, match=message):
+        recipe.describe()
+
+
+def test_prompts_of_two_lengths_are_refused_where_they_lie_side_by_side(saved, tmp_path):
+    file = "tokenizer_2/tokenizer_config.json"
+    recipe = changed(saved["sdxl"], file, tmp_path / "m", {"model_max_length": 50})
+    with pytest.raises(ValueError, match=r"tokenizer_2 of .* has model_max_length=50.*the same"):
+        recipe.describe()
+
+
+@pytest.mark.parametrize(("version", "side"), [
+    ("0.2.2", 64), ("0.8.1", 64), ("0.9.0.dev0", 8), ("0.42.0", 8), (..., 8),
+])  # fmt: skip
+def test_old_models_have_the_size_that_their_pipeline_sets(version, side, saved, tmp_path):
+    recipe = changed(saved["sd1 epsilon"], "unet/config.json", tmp_path / "m", {})
+    file = Path(recipe.path) / "unet" / "config.json"
+    config = {**json.loads(file.read_text()), "_diffusers_version": version}
+    if version is ...:
+        del config["_diffusers_version"]
+    file.write_text(json.dumps(config))
+    own = diffusers.StableDiffusionPipeline.from_pretrained(recipe.path)
+    assert own.unet.config.sample_size == side
+    info = recipe.describe()
+    assert info.latent_shape == (4, side, side)
+    assert info.image_size == 2 * side
+    assert recipe.load(torch.device("cpu")).latent_shape == info.latent_shape
+    assert AutoModel(path=recipe.path, image_size=16).describe().latent_shape == (4, 8, 8)
+
+
+@pytest.mark.parametrize("version", [None, "main", 3])
+def test_a_version_that_the_pipeline_cannot_read_is_refused(version, saved, tmp_path):
+    values = {"_diffusers_version": version}
+    recipe = changed(saved["sd1 epsilon"], "unet/config.json", tmp_path / "m", values)
+    with pytest.raises(ValueError, match=r"has _diffusers_version=.* it is no version"):
+        recipe.describe()
+
+
+@pytest.mark.parametrize(("family", "part"), [("sd1 epsilon", "unet"), ("sdxl", "text_encoder")])
+def test_quantised_weights_are_refused_in_folders(family, part, saved, tmp_path):
+    values = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    recipe = changed(saved[family], f"{part}/config.json", tmp_path / "m", values)
+    with pytest.raises(ValueError, match=f"the {part} of .* has a quantization_config"):
+        recipe.describe()
+
+
+@pytest.mark.parametrize(("family", "values"), [
+    ("sd3", {"use_karras_sigmas": None}), ("sd3", {"time_shift_type": "square"}),
+    ("sdxl", {"_class_name": None}),
+])  # fmt: skip
+def test_a_scheduler_that_cannot_be_made_is_refused_at_the_check(family, values, saved, tmp_path):
+    file = "scheduler/scheduler_config.json"
+    recipe = changed(saved[family], file, tmp_path / "m", values)
+    with pytest.raises(ValueError, match=r"the scheduler of model\.path=.* cannot be loaded"):
+        recipe.schedule()
+
+
+@pytest.mark.parametrize("value", [None, "0.02", [], {}])
+def test_betas_that_are_no_numbers_are_named(value, saved, tmp_path):
+    file = "scheduler/scheduler_config.json"
+    recipe = changed(saved["ldm kl"], file, tmp_path / "m", {"beta_end": value})
+    with pytest.raises(ValueError, match=r"beta_end=.*give no betas; use numbers"):
+        recipe.schedule()
+
+
+@pytest.mark.parametrize("family", ["sdxl", "dit"])
+def test_parts_that_are_absent_are_none(family, saved, tmp_path):
+    recipe = changed(saved[family], "model_index.json", tmp_path / "m", {"extra": [None, None]})
+    recipe.describe()
+    recipe = changed(saved[family], "model_index.json", tmp_path / "n", {"vae": [None, None]})
+    with pytest.raises(ValueError, match="wants its vae to be"):
+        recipe.describe()
+
+
+def test_an_offloaded_pipeline_is_refused():
+    hooks = pytest.importorskip("accelerate.hooks")
+    pipeline = pipelines.seeded(pipelines.MAKERS["sd1 epsilon"])
+    hooks.add_hook_to_module(pipeline.vae, hooks.CpuOffload("cpu"))
+    with pytest.raises(ValueError, match=r"the vae of the pipeline is offloaded.*to\(DEVICE\)"):
+        BorrowedModel(pipeline)
+    hooks.remove_hook_from_module(pipeline.vae)
+    BorrowedModel(pipeline)
+    pipeline.unet.to("meta")
+    with pytest.raises(ValueError, match="the unet of the pipeline is offloaded"):
+        BorrowedModel(pipeline)
+
+
+def test_a_compiled_denoiser_is_measured_in_memory():
+    pipeline = pipelines.seeded(pipelines.MAKERS["sd1 epsilon"])
+    plain = BorrowedModel(pipeline).describe()
+    pipeline.unet = torch.compile(pipeline.unet, backend="eager")
+    compiled = BorrowedModel(pipeline)
+    assert compiled.device == torch.device("cpu")
+    assert compiled.describe() == plain
+    compiled.try_out()
 
 
 BUILT = [
@@ -190,6 +290,7 @@ BUILT = [
     ("sd1 epsilon", "vae", {"act_fn": "steep"}),
     ("sd3", "transformer", {"caption_projection_dim": 8}),
     ("ldm kl", "unet", {"layers_per_block": "two"}),
+    ("sd1 epsilon", "text_encoder", {"hidden_act": 0}),
 ]
 
 

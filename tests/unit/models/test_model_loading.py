@@ -291,3 +291,12 @@ def test_a_size_helps_a_network_without_a_square_one(size, folder):
     assert recipe.describe().latent_shape == recipe.load(CPU).latent_shape == (3, 16, 16)
     with pytest.raises(ValueError, match=r"halves them 1 times; use model\.image_size=10"):
         PixelUNet(path=str(folder), image_size=11).describe()
+
+
+def test_a_network_without_a_class_name_is_of_the_class_in_the_index(folder):
+    """As in diffusers; and what the index calls absent is no surprise."""
+    content = json.loads((folder / UNET).read_text())
+    del content["_class_name"]
+    (folder / UNET).write_text(json.dumps(content))
+    put("model_index.json", feature_extractor=[None, None])(folder)
+    assert PixelUNet(path=str(folder)).describe().latent_shape == (3, 8, 8)
