@@ -122,12 +122,14 @@ class StableDiffusionXL(LatentNetwork):
             )  # fmt: skip
         check_text_width(parts, "unet", ["text_encoder", "text_encoder_2"])
         own, other = "tokenizer_2", "tokenizer"
-        if {own, other} <= parts.configs.keys():
-            if parts.value(own, "model_max_length") != parts.value(other, "model_max_length"):
-                parts.refuse(
-                    own, "model_max_length", f"the embeddings of both lie side by side; give the "
-                    f"{other} the same (tokenizer_config.json)",
-                )  # fmt: skip
+        lengths = [
+            parts.value(one, "model_max_length") for one in (own, other) if one in parts.configs
+        ]
+        if len(lengths) == 2 and lengths[0] != lengths[1]:
+            parts.refuse(
+                own, "model_max_length", f"the embeddings of both lie side by side; give the "
+                f"{other} the same (tokenizer_config.json)",
+            )  # fmt: skip
 
     def condition(self, prompt: str | int | None) -> Condition:
         """Embeddings of both encoders, the pooled one of the second, and the image's size."""
