@@ -8,6 +8,7 @@ from collections import Counter
 from importlib.resources import files
 
 import pytest
+import tiny
 import yaml
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
@@ -99,6 +100,15 @@ def model_for(model, saved_pipeline):
     return path
 
 
+@pytest.fixture(scope="session")
+def told(tmp_path_factory):
+    """Images with a caption and a label each."""
+    path = tiny.save_images(tmp_path_factory.mktemp("told") / "png", 3)
+    rows = [{"file_name": p.name, "text": "a dot", "label": 1} for p in sorted(path.iterdir())]
+    (path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
 @pytest.fixture(autouse=True)
 def source(model, tmp_path):
     """What is left of a search of the model, for presets that start from one."""
@@ -123,11 +133,11 @@ def overrides_for(group, option, model, images):
 
 @pytest.mark.parametrize(("group", "option"), PRESETS)
 def test_every_preset_dry_runs(
-    group, option, model_for, images, every_icon, no_hub, capsys, tmp_path
+    group, option, model_for, told, every_icon, no_hub, capsys, tmp_path
 ):
     model = model_for(group, option)
     capsys.readouterr()  # diffusers talks while it saves
-    overrides = [*overrides_for(group, option, model, images), f"run_dir={tmp_path}/run"]
+    overrides = [*overrides_for(group, option, model, told), f"run_dir={tmp_path}/run"]
     code = command_of(group, option).run([*overrides, "dry_run=true"])
     shown = capsys.readouterr()
     assert (code, shown.err) == (0, "")
