@@ -10,12 +10,15 @@ from invmm.cli.command import Command
 from invmm.exits import Exit
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from invmm.cli.recipes import ThresholdConfig
 
 HELP = """
-invmm-threshold compares every image of a data set with every other. All are different, so each
-pair that the similarity network calls a replica is a false match: it prints their rate at
-replication.threshold and the threshold that would keep it below allowed_rate.
+invmm-threshold compares every image of a data set with every other. All are different, since of
+images with the same pixels it takes one and names the others. So each pair that the similarity
+network calls a replica is a false match: it prints their rate at replication.threshold and the
+threshold that would keep it below allowed_rate.
 
 Examples:
   invmm-threshold                                           the icons of `make demo`
@@ -40,20 +43,33 @@ def _dry_run(recipes: ThresholdConfig, config: Mapping[str, Any]) -> str:
 def _execute(
     recipes: ThresholdConfig, config: Mapping[str, Any], folder: Path, identity: Mapping[str, Any]
 ) -> int:
+    from hashlib import sha256
+
     import torch
     from tqdm import tqdm
 
     from invmm.data.dataset import ImageError
+    from invmm.data.problems import names
     from invmm.replication.threshold import false_matches
 
     dataset = recipes.dataset.open(recipes.image_size)
     similarity = recipes.replication.similarity.load(torch.device("cpu"))
-    vectors = []
+    vectors: list[Tensor] = []
+    first: dict[bytes, str] = {}
+    repeated = []
     for entry in tqdm(dataset.entries, unit="image"):
         try:
-            vectors.append(similarity.embed(dataset.load(entry).pixels[None]))
+            pixels = dataset.load(entry).pixels
         except ImageError as error:
             print(f"left out {entry.image_id}: {error}")
+            continue
+        shown = sha256(pixels.numpy().tobytes()).digest()
+        if first.setdefault(shown, entry.image_id) == entry.image_id:
+            vectors.append(similarity.embed(pixels[None]))
+        else:
+            repeated.append(f"{entry.image_id} as {first[shown]}")
+    if repeated:
+        print(f"left out, as the same picture stands elsewhere {names(repeated)}")
     if len(vectors) < 2:
         raise ValueError("fewer than two images can be used; dataset=... must hold more")
     print(

@@ -24,6 +24,8 @@ def test_the_threshold_counts_false_matches(tmp_path):
     for name, picture in {"up": ramp, "down": np.ascontiguousarray(ramp[:, ::-1])}.items():
         Image.fromarray(picture).save(images / f"{name}.png")
         Image.fromarray(picture + 50).save(images / f"{name}-bright.png")
+    for index in range(4):  # no false matches, whatever the file
+        Image.fromarray(ramp).save(images / f"up-{index}.{'bmp' if index else 'png'}")
     (images / "broken.png").write_bytes(b"not an image")
     result = tiny.invmm(
         [
@@ -34,6 +36,8 @@ def test_the_threshold_counts_false_matches(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "left out broken.png: " in result.stdout
+    again = "left out, as the same picture stands elsewhere (4): 'up-1.bmp as up-0.png'"
+    assert again in result.stdout
     assert "4 images, 6 pairs of different ones\nthreshold 0.9: 2 pairs match" in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
 
