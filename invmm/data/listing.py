@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_args
 from invmm.data.dataset import ImageEntry, ImageError, Split, canonical
 from invmm.data.images import read_bytes
 from invmm.data.metadata import Columns, Row, read_rows
-from invmm.data.problems import Problems, short_repr
+from invmm.data.problems import Problems, names, short_repr
 from invmm.data.values import Tally, caption_of, copies_of, is_absent, label_of
 from invmm.data.walk import Walk
 
@@ -124,8 +124,10 @@ class Listing:
             sidecar = path.with_name(form)
             if os.path.isfile(sidecar) and self._walk.is_inside(sidecar):
                 try:
-                    return read_bytes(sidecar).decode("utf-8-sig", errors="replace").strip()
-                except ImageError:
+                    return read_bytes(sidecar).decode("utf-8-sig").strip()
+                except (ImageError, UnicodeDecodeError) as error:
+                    reason = error if isinstance(error, ImageError) else "it is not UTF-8 text"
+                    self.problems.add(repr(form), f" is not used as a caption: {reason}")
                     return None
         return None
 
@@ -172,6 +174,12 @@ class Listing:
                 columns.update(dict.fromkeys(row.values))
                 self._add(self._id(folder, row.name), _Listed(row, source), listed)
         self._check_columns(columns)
+        if unread := [column for column in columns if not self.columns.reads(column)]:
+            self.problems.add(
+                f"columns of the metadata that are not read {names(unread)}; dataset.caption and "
+                "dataset.label name those of prompts and classes",
+                "",
+            )
         return listed, sources
 
     def _add(self, image_id: str, new: _Listed, listed: dict[str, _Listed]) -> None:

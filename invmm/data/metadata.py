@@ -21,6 +21,8 @@ from invmm.data.values import is_absent
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 CAPTIONS = ("text", "caption", "prompt")
 """Columns that may hold captions if the user names none."""
+_NONE = ("", "nan", "null", "none", "<na>")
+"""Cells of a csv file, in lower case, by which libraries write that there is no value."""
 MAX_ROWS = 20_000_000
 """A parquet file of more rows is refused: a few bytes can encode any number of equal rows."""
 
@@ -53,6 +55,12 @@ class Columns:
     image: str | None = None
     caption: str | None = None
     label: str | None = None
+
+    def reads(self, column: str) -> bool:
+        """Whether a column has a meaning here, though not in every row."""
+        known = {"file_name", "image", "label", "copies", "split", *CAPTIONS}
+        named = {self.image, self.caption, self.label}
+        return column in known | named or column.endswith("_file_name")  # of another picture
 
     def name_in(self, values: Mapping[str, Any], where: str) -> Any:
         """The name of a row's image; None if it has none.
@@ -137,14 +145,29 @@ def read_rows(path: Path, shown: str, columns: Columns, problems: Problems) -> l
     return rows
 
 
-def _read_jsonl(content: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _read_jsonl(content: bytes) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     for number, line in enumerate(content.splitlines(), start=1):
         if line.strip():
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=_with_each_key_once)
+            except _KeyTwice as error:
+                yield number, f"is not used: it has {shortly(str(error))} twice"
+                continue
             except (ValueError, RecursionError):
                 row = None
             yield number, row if isinstance(row, dict) else {}
+
+
+class _KeyTwice(Exception):
+    """A JSON object has a key twice, of which parsers take one or the other."""
+
+
+def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _KeyTwice(next(key for key in keys if keys.count(key) > 1))
+    return row
 
 
 def _read_csv(content: bytes) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
@@ -155,11 +178,11 @@ def _read_csv(content: bytes) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     # Strict, since a quote that is left open would swallow the rest of the file.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header = [name.strip() for name in next(reader, [])]
-    if twice := [name for name in header if name and header.count(name) > 1]:
-        raise ValueError(f"its header has {twice[0]} twice; name each column once")
+    _check_header([name for name in header if name])
     for cells in reader:
         if len(cells) == len(header):
-            yield reader.line_num, {k: cell or None for k, cell in zip(header, cells, strict=True)}
+            values = (None if cell.strip().lower() in _NONE else cell for cell in cells)
+            yield reader.line_num, dict(zip(header, values, strict=True))
         elif cells:
             yield (
                 reader.line_num,
@@ -175,6 +198,7 @@ def _read_parquet(content: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
     with pyarrow.parquet.ParquetFile(io.BytesIO(content)) as file:
         if file.metadata.num_rows > MAX_ROWS:
             raise ValueError(f"it claims {file.metadata.num_rows} rows, more than {MAX_ROWS}")
+        _check_header(file.schema_arrow.names)
         not_text = (types.is_binary, types.is_large_binary, types.is_struct)  # whole images
         plain = [f.name for f in file.schema_arrow if not any(test(f.type) for test in not_text)]
         rows = (row for b in file.iter_batches(columns=plain) for row in b.to_pylist())
@@ -186,6 +210,11 @@ _READERS: dict[str, Callable[[bytes], Iterator[tuple[int, Mapping[str, Any] | st
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }
+
+
+def _check_header(columns: list[str]) -> None:
+    if twice := [name for name in columns if columns.count(name) > 1]:
+        raise ValueError(f"its header has {twice[0]} twice; name each column once")
 
 
 def _ambiguous(where: str, found: list[str], option: str) -> str:

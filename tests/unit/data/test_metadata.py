@@ -208,6 +208,69 @@ def test_cells_that_are_not_those_of_the_header_are_no_caption(folder):
     assert unlisted == "'1.png' is not listed in metadata.csv; likewise 1 more: '3.png'"
 
 
+def test_cells_by_which_libraries_write_nothing_are_no_captions(folder):
+    """`datasets` reads them so too; the picture would else be measured under the prompt "nan"."""
+    cells = ["nan", "NaN", "null", "None", "<NA>", "none of them"]
+    root = folder(*(f"{index}.png" for index in range(6)))
+    rows = [f"{index}.png,{cell},{cell},{cell}" for index, cell in enumerate(cells[:5])]
+    rows = ["file_name,text,label,copies", *rows, f"5.png,{cells[5]},1,2"]
+    (root / "metadata.csv").write_text("\n".join(rows))
+    dataset = opened(root)
+    assert told(dataset) == [
+        *((f"{index}.png", None, None, None) for index in range(5)),
+        ("5.png", "none of them", 1, 2),
+    ]
+    assert list(dataset.problems) == []
+
+
+def test_what_is_told_twice_is_not_read_as_one_of_both(folder):
+    root = folder("1.png", "2.png")
+    (root / "metadata.jsonl").write_text(
+        '{"file_name": "1.png", "text": "a", "text": "b"}\n{"file_name": "2.png", "text": "c"}'
+    )
+    dataset = opened(root)
+    assert [entry.caption for entry in dataset.entries] == [None, "c"]
+    assert dataset.problems[0] == "metadata.jsonl, line 1 is not used: it has 'text' twice"
+    (root / "metadata.jsonl").unlink()
+    columns = [["1.png"], ["a"], ["b"]]
+    table = pyarrow.Table.from_arrays(
+        [pyarrow.array(column) for column in columns], names=["file_name", "text", "text"]
+    )
+    pyarrow.parquet.write_table(table, root / "metadata.parquet")
+    with pytest.raises(ValueError, match=r"^metadata\.parquet cannot be read: .*has text twice"):
+        opened(root)
+
+
+def test_columns_that_are_not_read_are_named(folder):
+    root = folder("1.png")
+    row = {"file_name": "1.png", "Text": "a", "description": "b", "class": 1, "copies": 2}
+    write(root / "metadata.jsonl", [row])
+    (problem,) = opened(root).problems
+    assert problem == (
+        "columns of the metadata that are not read (3): 'Text', 'description', 'class'; "
+        "dataset.caption and dataset.label name those of prompts and classes"
+    )
+    dataset = opened(root, caption="Text", label="class")
+    assert told(dataset) == [("1.png", "a", 1, 2)]
+    (problem,) = dataset.problems
+    assert "(1): 'description'" in problem
+
+
+def test_a_text_beside_an_image_that_is_not_utf8_is_no_caption(folder):
+    """Its letters would be replaced, and the picture measured under another prompt."""
+    root = folder("1.png", "2.png", "3.png", "4.png")
+    (root / "1.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (root / "2.txt").write_bytes("a dot".encode("utf-16"))
+    (root / "3.txt").write_text("\ufeffcaf\xe9\n", encoding="utf-8")
+    (root / "4.txt").touch()
+    dataset = opened(root)
+    assert [entry.caption for entry in dataset.entries] == [None, None, "caf\xe9", None]
+    assert list(dataset.problems) == [
+        "'1.txt' is not used as a caption: it is not UTF-8 text; the same of 1 more: '2.txt'",
+        "'4.txt' is not used as a caption: the file is empty",
+    ]
+
+
 def test_a_parquet_file_that_is_none_or_claims_too_much_is_refused(folder, monkeypatch):
     root = folder("1.png")
     (root / "metadata.parquet").write_bytes(b"PAR1 nothing PAR1")
