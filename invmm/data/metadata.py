@@ -151,7 +151,7 @@ def _read_jsonl(content: bytes) -> Iterator[tuple[int, Mapping[str, Any] | str]]
             try:
                 row = json.loads(line, object_pairs_hook=_with_each_key_once)
             except _KeyTwice as error:
-                yield number, f"is not used: it has {shortly(str(error))} twice"
+                yield number, f"is not used: it has {short_repr(str(error))} twice"
                 continue
             except (ValueError, RecursionError):
                 row = None
