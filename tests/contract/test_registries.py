@@ -16,6 +16,7 @@ import diffusers
 import pipelines
 import pytest
 import torch
+from packaging.version import Version
 
 from invmm.diffusion.sampling import Sampler, draw
 from invmm.diffusion.schedule import NoiseSchedule
@@ -34,6 +35,10 @@ REGISTRY = {
     "schedulers": ("schedulers",),
     "pipelines": ("pipelines", "modular_pipelines"),
 }
+newest = pytest.mark.skipif(
+    Version(diffusers.__version__) < Version("0.42"),
+    reason="the lists name the classes of diffusers 0.42; older ones had others, now removed",
+)
 NO_SCHEDULERS = ("SchedulerMixin", "Output")
 
 
@@ -58,6 +63,7 @@ def unknown(kind: str, names: set[str]) -> list[str]:
     return sorted(names - SUPPORTED[kind] - refused(kind))
 
 
+@newest
 @pytest.mark.parametrize("kind", REGISTRY)
 def test_every_class_is_in_exactly_one_column(kind):
     names = exported(kind)
@@ -67,6 +73,7 @@ def test_every_class_is_in_exactly_one_column(kind):
     assert len(names) > {"schedulers": 45, "pipelines": 300}[kind]
 
 
+@newest
 @pytest.mark.parametrize("kind", REGISTRY)
 def test_a_class_that_nobody_looked_at_is_seen(kind):
     assert unknown(kind, {*exported(kind), "BrandNewScheduler"}) == ["BrandNewScheduler"]
@@ -81,6 +88,7 @@ def test_no_scheduler_goes_by_another_name():
     assert classes <= exported("schedulers")
 
 
+@newest
 @pytest.mark.slow
 def test_no_pipeline_goes_by_another_name():
     """Imports all of them."""
@@ -166,9 +174,9 @@ def test_refused_schedulers_are_refused_by_name_from_folder_and_in_memory(folder
         message = rf"names \['diffusers', '{name}'\] as its scheduler \(.*{reason}.*supported"
         with pytest.raises(ValueError, match=message):
             folder_with(name).describe()
-        found = getattr(diffusers, name)
-        scheduler = found.__new__(found) if not hasattr(found, "_backends") else None
-        if scheduler is not None:
+        found = getattr(diffusers, name, None)  # None: newer than the installed diffusers
+        if found is not None and not hasattr(found, "_backends"):
+            scheduler = found.__new__(found)
             for read in (BorrowedModel, PixelNetwork.from_pipeline):
                 with pytest.raises(ValueError, match=message):
                     read(in_memory(unet, scheduler))
