@@ -146,8 +146,8 @@ def test_images_of_another_size():
     assert (info.latent_shape, info.image_size) == ((16, 64, 64), 512)
     with pytest.raises(ValueError, match=r"model\.image_size=500 is no multiple .*; use 496"):
         replace(smaller, image_size=500).describe()
-    with pytest.raises(ValueError, match=r"model\.image_size=64 has no meaning for a DDPMPipeline"):
-        AutoModel(path="google/ddpm-cifar10-32", image_size=64).describe()
+    pixels = AutoModel(path="google/ddpm-cifar10-32", image_size=64).describe()
+    assert (pixels.latent_shape, pixels.image_size) == ((3, 64, 64), 64)
 
 
 def test_the_table_is_part_of_the_package():
