@@ -278,7 +278,7 @@ def test_guidance_of_a_pixel_model_with_classes(faults, tmp_path, images):
             "prompt=class_label", "prompt.label=3", "sampler.guidance_scales=[1,3]",
             f"dry_run={dry_run}", given=given,
         )  # fmt: skip
-        assert "has no meaning for a pixel model with classes" in line
+        assert "has no meaning for a class-conditional pixel model" in line
         assert line.endswith("use sampler.guidance_scales=[1]")
 
 
