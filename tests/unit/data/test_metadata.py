@@ -266,7 +266,7 @@ def test_a_text_beside_an_image_that_is_not_utf8_is_no_caption(folder):
     dataset = opened(root)
     assert [entry.caption for entry in dataset.entries] == [None, None, "caf\xe9", None]
     assert list(dataset.problems) == [
-        "'1.txt' is not used as a caption: it is not UTF-8 text; the same of 1 more: '2.txt'",
+        "'1.txt' is not used as a caption: it is not UTF-8 text; likewise 1 more: '2.txt'",
         "'4.txt' is not used as a caption: the file is empty",
     ]
 
