@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_TAKEN = {
+    "model": "the pipeline is measured as it is; change it beforehand, as by pipeline.to(DTYPE)",
+    "dataset": "the images are the second argument, and captions or labels are prompts=",
+    "run_dir": "give the argument run_dir=",
+    "dry_run": "a call measures; plan with the command invmm",
+    "shard": "a call measures all images; give it those of one part",
+}
+"""Keys that are arguments of `measure` -> what to do instead."""
+_DEFAULT_FOLDER = ImageFolder(path="-")
 _CHANGES_THE_PIPELINE = (
     "execution.compile",
     "execution.channels_last",
@@ -42,7 +51,8 @@ def measure(
         pipeline: a diffusers pipeline of a supported family, on its device.
         images: a folder, a list of Pillow images or paths, or a mapping by id.
         overrides: as on the command line, such as "inversion.num_steps=200",
-            "measurement=probability", "prompt=caption" or "model.latent_scale=1".
+            "measurement=probability", "prompt=caption" or "model.latent_scale=1"; with a folder
+            of images also its keys, such as "dataset.caption=COLUMN".
         prompts: captions or class labels in the shape of images; a folder brings its own.
         run_dir: where records and pictures go; by default a folder of its own in results/runs.
             The same call continues a run that stopped.
@@ -61,23 +71,28 @@ def measure(
     from invmm.runtime.measure import measure as run_measure
 
     model = BorrowedModel(pipeline)
-    dataset = _dataset(images, prompts)
-    _check_overrides(overrides)
-    accelerator = "cpu" if model.device.type == "cpu" else "gpu"
+    is_folder = isinstance(images, (str, Path))
+    if is_folder and prompts is not None:
+        raise ValueError(
+            "prompts is for images in memory; a folder has captions of its own, which "
+            "dataset.caption=COLUMN may name"
+        )
+    dataset = None if is_folder else MemoryImages.of(images, prompts)
+    _refuse_taken(overrides, is_folder=is_folder)
     faults: list[str] = []
-    plain = compose_job(
-        "measure",
-        ["model.path=memory", f"trainer.accelerator={accelerator}", *overrides],
-        faults,
-    )
+    folder_options = ["dataset=folder", "dataset.path=memory"] if is_folder else []
+    plain = compose_job("measure", ["model.path=memory", *folder_options, *overrides], faults)
     recipes = None
-    if plain:
+    if plain and is_folder:
+        dataset = build(ImageFolder, {**plain["dataset"], "path": str(images)}, "dataset", faults)
+    if plain and dataset is not None:
+        _take_device(plain, model.device, faults)
         if options := build(AutoModel, plain["model"], "model", faults):
             model = replace(model, latent_scale=options.latent_scale)
         given = {**plain, "model": model, "dataset": dataset}
         recipes = check_measure(given, faults)
         check_machine(given, faults)
-    if faults or recipes is None:
+    if faults or recipes is None or dataset is None:
         raise ValueError("\n".join(faults))
     if recipes.trainer.devices > 1:
         raise ValueError("trainer.devices must be 1: a pipeline in memory lives in one process")
@@ -92,22 +107,21 @@ def measure(
     if code:
         raise RuntimeError(
             f"some images have no record in {plan.run_dir}, or every image failed, as printed "
-            "above; the same call continues the run"
+            'above; the same call continues the run, with "retry_failed=true" the failed ones too'
         )
     return pd.read_parquet(plan.run_dir / "scores.parquet")
 
 
-def _check_overrides(overrides: Sequence[str]) -> None:
+def _refuse_taken(overrides: Sequence[str], *, is_folder: bool) -> None:
     """Refuses keys that repeat an argument of `measure`, or would alter the pipeline for good."""
     for text in overrides:
         key = text.lstrip("+").partition("=")[0]
-        if key == "model.latent_scale":  # no argument, and some VQ autoencoders need it
+        group = key.partition(".")[0]
+        is_option = group == "dataset" != key and key != "dataset.path" and is_folder
+        if key == "model.latent_scale" or is_option:
             continue
-        if key.partition(".")[0] in ("model", "dataset", "run_dir", "dry_run", "shard"):
-            raise ValueError(
-                f"{text} cannot be given in Python: the arguments of measure() decide it; leave it "
-                "out"
-            )
+        if group in _TAKEN:
+            raise ValueError(f"{text} cannot be given in Python: {_TAKEN[group]}")
         if key in _CHANGES_THE_PIPELINE:
             raise ValueError(
                 f"{text} would alter the pipeline for good; leave it out, and prepare the pipeline "
@@ -115,14 +129,20 @@ def _check_overrides(overrides: Sequence[str]) -> None:
             )
 
 
-def _dataset(images: Any, prompts: Any) -> ImageFolder | MemoryImages:
-    if isinstance(images, (str, Path)):
-        if prompts is not None:
-            raise ValueError(
-                "prompts= is for images in memory; put those of a folder into its metadata.jsonl"
-            )
-        return ImageFolder(path=str(images))
-    return MemoryImages.of(images, prompts)
+def _take_device(plain: dict[str, Any], device: Any, faults: list[str]) -> None:
+    """Sets the device of the pipeline; another one that the overrides name is a fault."""
+    accelerator = "cpu" if device.type == "cpu" else "gpu"
+    trainer = plain.get("trainer")
+    if not isinstance(trainer, Mapping):
+        return  # a fault of its own
+    named = trainer.get("accelerator")
+    if named in ("cpu", "gpu", "cuda", "mps") and named not in (accelerator, device.type):
+        faults.append(
+            f"trainer.accelerator={named} is not where the pipeline is, on {device}; move the "
+            "pipeline with pipeline.to(DEVICE)"
+        )
+    elif named in ("auto", "gpu", "cuda", "mps"):
+        plain["trainer"] = {**trainer, "accelerator": accelerator}
 
 
 def _identity(model: BorrowedModel) -> dict[str, Any]:
@@ -132,5 +152,7 @@ def _identity(model: BorrowedModel) -> dict[str, Any]:
 
 def _described(dataset: ImageFolder | MemoryImages) -> Any:
     if isinstance(dataset, ImageFolder):
-        return {"path": dataset.path}
+        options = vars(dataset).items()
+        chosen = {key: value for key, value in options if value != vars(_DEFAULT_FOLDER)[key]}
+        return {**chosen, "path": dataset.path}
     return {"images": dataset.fingerprint(), "prompts": dict(dataset.prompts)}

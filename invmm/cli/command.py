@@ -75,7 +75,7 @@ class Command:
         self, overrides: list[str], *, multirun: bool
     ) -> list[tuple[dict[str, Any], Any]] | None:
         """(config, recipes) of every job; None, and all faults printed, if there are any."""
-        from invmm.cli.compose import compose_job, is_launched, jobs
+        from invmm.cli.compose import compose_job, is_launched, jobs, launcher_faults
 
         by_fault: dict[str, list[str]] = {}
         general: list[str] = []
@@ -85,8 +85,11 @@ class Command:
             faults, of_config, left_out = [], [], [*unreadable]
             config = compose_job(self.config_name, job, faults, left_out)
             recipes = self.check(config, of_config) if config else None
-            if config and not config["dry_run"] and not (multirun and is_launched(job)):
-                self.check_machine(config, of_config)
+            if config and not config["dry_run"]:
+                if multirun and is_launched(job):
+                    of_config.extend(launcher_faults(job))
+                else:
+                    self.check_machine(config, of_config)
             checked.append((config, recipes))
             for fault in [*faults, *_without_consequences(of_config, left_out)]:
                 by_fault.setdefault(fault, []).append(" ".join(job))
@@ -160,7 +163,7 @@ class Command:
 def _without_consequences(faults: Sequence[str], left_out: Sequence[str]) -> list[str]:
     """Faults of a config, less those that only say that a key or group was left out of it."""
     begin = tuple(f"{key}{sign}" for key in left_out for sign in (".", " ", "="))
-    follow = (" is missing; ", " is not a key; ")
+    follow = (" is missing; ", " is not a key")
     return [
         fault
         for fault in faults

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
+import shutil
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -42,6 +44,16 @@ def groups() -> dict[str, list[str]]:
             options = [item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml")]
             if options:
                 found[folder.name] = sorted(options)
+    return found
+
+
+def options_with(group: str, key: str) -> list[str]:
+    """Options of a config group that have a key, sorted; none where there is no such group."""
+    found = []
+    for option in groups().get(group, []):
+        text = (files(CONF) / group / f"{option}.yaml").read_text(encoding="utf-8")
+        if key in OmegaConf.create(text):
+            found.append(option)
     return found
 
 
@@ -148,6 +160,18 @@ def is_launched(overrides: Sequence[str]) -> bool:
     )
 
 
+def launcher_faults(overrides: Sequence[str]) -> list[str]:
+    """Why a job cannot be launched from this machine."""
+    given = {key_of(override): override.partition("=")[2] for override in overrides}
+    launcher = given.get("hydra/launcher")
+    if launcher in ("slurm", "submitit_slurm") and shutil.which("srun") is None:
+        return [
+            f"hydra/launcher={launcher} needs srun, which is not here; start the sweep where SLURM "
+            "is, such as on a login node of the cluster, or plan it with dry_run=true"
+        ]
+    return []
+
+
 def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a config that decide what a run computes."""
     identity = {key: value for key, value in config.items() if key not in MACHINE_KEYS}
@@ -206,4 +230,6 @@ def _with_package(fault: str) -> str:
     for plugin, extra in (("slurm", "slurm"), ("submitit", "slurm"), ("ray", "ray")):
         if "Could not find" in fault and f"hydra/launcher/{plugin}" in fault:
             return f"{fault}; pip install 'invmm[{extra}]'"
+    if unknown := re.match(r"Could not override '([^']*)'\. No match", fault):
+        return f"{unknown[1]} is no group of options of this command; --help lists them"
     return fault

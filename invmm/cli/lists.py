@@ -74,26 +74,25 @@ def _read(named: str, name: str, *, numbers: bool) -> list[Any]:
     """One entry a line, or a JSON list."""
     from invmm.data.images import read_bytes
 
+    kind, meaning = (int, "row number") if numbers else (str, "id")
     try:
         text = read_bytes(Path(name).expanduser()).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{named} is not UTF-8 text; save the list as UTF-8") from None
     except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{named} cannot be used: {error}; give a text file with one entry a line"
-        ) from None
+        cure = f"give a text file with one {meaning} a line"
+        raise ValueError(f"{named} cannot be used: {error}; {cure}") from None
     found = _parsed(text)
     if found is None:
         if name.endswith(".json"):
             raise ValueError(
-                f"{named} is not a JSON list; give one, or a .txt file with one entry a line"
+                f"{named} is not a JSON list; give one, or a .txt file with one {meaning} a line"
             )
         found = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
         if numbers:
             found = [
                 int(s) if (s := line.strip()).isdecimal() and len(s) < 19 else s for line in found
             ]
-    kind, meaning = (int, "row number") if numbers else (str, "id")
     for place, value in enumerate(found, start=1):
         if type(value) is not kind:
             raise ValueError(

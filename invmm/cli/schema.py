@@ -173,6 +173,12 @@ def _node_type(hint: Any) -> type | None:
 
 
 def _unknown(path: str, name: str, value: Any, known: Mapping[str, Any]) -> str:
+    from invmm.cli.compose import options_with
+
+    group = path.rpartition(".")[0]
+    if others := options_with(group, name):
+        other = " or ".join(f"{group}={option}" for option in others)
+        return f"{path}={_shown(value)} is not a key of this {group}; add {other}, which has it"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     cure = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
     return f"{path}={_shown(value)} is not a key; {cure}"

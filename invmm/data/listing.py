@@ -107,7 +107,9 @@ class Listing:
 
     def _error(self, image_id: str, path: Path, listed: _Listed | None) -> str | None:
         """Why an image cannot be used; None if it can."""
-        if listed and (posixpath.isabs(image_id) or ".." in image_id.split("/")):
+        if listed and posixpath.isabs(image_id):
+            return f"{listed.source} names it by an absolute path; give names relative to that file"
+        if listed and ".." in image_id.split("/"):
             return f"{listed.source} names a file outside the data folder"
         if not self._walk.is_inside(path):
             return "the link leads out of the data folder"

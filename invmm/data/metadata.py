@@ -178,6 +178,8 @@ def _read_csv(content: bytes) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     # Strict, since a quote that is left open would swallow the rest of the file.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header = [name.strip() for name in next(reader, [])]
+    if len(header) == 1 and (mark := next((m for m in (";", "\t") if m in header[0]), None)):
+        raise ValueError(f"its columns are separated by {mark!r}; save it with commas")
     _check_header([name for name in header if name])
     for cells in reader:
         if len(cells) == len(header):

@@ -71,8 +71,8 @@ class Prompt:
             cure = "prompt=empty" if needs == "caption" else "prompt.label=NUMBER for all of them"
             raise ValueError(
                 f"prompt={self.kind} needs a {needs}, and none of the {len(usable)} images has "
-                f"one; put them into a metadata.jsonl, name a column by dataset.{needs}=COLUMN, or "
-                f"use {cure}"
+                f"one; put them into metadata.csv or metadata.jsonl (in Python: prompts=), name a "
+                f"column by dataset.{needs}=COLUMN, or use {cure}"
             )
 
     def of(self, entry: ImageEntry) -> str | int | None:
@@ -90,13 +90,14 @@ class Prompt:
         if self.kind in ("caption", "learned"):
             if entry.caption is None:
                 raise ImageError(
-                    "it has no caption; put one into metadata.jsonl or a .txt file beside it, or "
-                    "use prompt=empty"
+                    "it has no caption; put one into the metadata or a .txt file beside it (in "
+                    "Python: prompts=), or use prompt=empty"
                 )
             return entry.caption
         label = entry.label if self.label is None else self.label
         if label is None:
             raise ImageError(
-                "it has no class label; put label into metadata.jsonl, or give prompt.label"
+                "it has no class label; put label into the metadata (in Python: prompts=), or give "
+                "prompt.label"
             )
         return label

@@ -38,7 +38,7 @@ def label_of(value: Any) -> int | None:
     Raises:
         ValueError: it is not a whole number from 0 to 10^9 - 1.
     """
-    return _whole(value, "label", "the number of a class")
+    return _whole(value, "label", "the number of a class (0, 1, ...)")
 
 
 def copies_of(value: Any) -> int | None:

@@ -93,7 +93,7 @@ class Family:
             if joined not in classes:
                 raise ValueError(
                     f"{source} names {value!r} as its {name}{reason_against(name, joined)}; "
-                    f"supported are {', '.join(classes)}"
+                    f"supported are {', '.join(known.rpartition('.')[2] for known in classes)}"
                 )
             found[name] = joined
         return found

@@ -35,7 +35,7 @@ def checks(out: Path) -> Iterator[Check]:
     yield tried("Weights & Biases account", _wandb_account)
     yield tried("Hugging Face hub", lambda: within(2 * _HUB_SECONDS, _hub))
     yield tried(f"folder {out}", lambda: _folder(out), essential=True)
-    yield tried("one process a command", _launch, essential=True)
+    yield tried("launcher (srun, torchrun)", _launch, essential=True)
 
 
 _CORE = {
@@ -48,6 +48,7 @@ _CORE = {
 _EXTRAS = {
     "text models": (("transformers", "peft"), "text"),
     "hub data sets": (("datasets",), "data"),
+    "HEIF images": (("pillow_heif",), "heif"),
     "logger=wandb": (("wandb",), "wandb"),
     "logger=tensorboard": (("tensorboard",), "tensorboard"),
     "hydra/launcher=slurm": (("submitit", "hydra_plugins.hydra_submitit_launcher"), "slurm"),
@@ -166,7 +167,7 @@ def _wandb_account() -> str:
             return f"logged in at {host}"
     except (OSError, netrc.NetrcParseError):
         pass
-    raise Skip("not logged in; wandb login, or logger=wandb logger.mode=offline")
+    raise Skip("not logged in; run wandb login, or give logger=wandb logger.mode=offline")
 
 
 def _hub() -> str:
@@ -198,7 +199,7 @@ def _folder(out: Path) -> str:
             _lock_twice(Path(folder) / "lock")
     except OSError as error:
         raise ValueError(f"{place}: {error.strerror or error}; choose another run_dir") from None
-    return f"written and locked; {_size(shutil.disk_usage(place).free)} free"
+    return f"can be written, and keeps locks; {_size(shutil.disk_usage(place).free)} free"
 
 
 def _lock_twice(path: Path) -> None:
@@ -218,7 +219,7 @@ def _launch() -> str:
     from invmm.runtime.launch import refuse_copies
 
     refuse_copies()
-    return "no launcher starts several copies"
+    return "a command is started once, not several times"
 
 
 def _size(count: int) -> str:

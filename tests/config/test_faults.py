@@ -73,6 +73,14 @@ def test_unknown_keys_are_found_however_they_are_given(prefix, faults):
     ]
 
 
+def test_a_key_of_another_option_is_answered_with_that_option(faults):
+    (line, *_) = faults(given=["model.path=m", "dataset.path=images"])
+    assert line == (
+        "dataset.path=images is not a key of this dataset; add dataset=celebahq or dataset=cifar10 "
+        "or dataset=ffhq or dataset=folder or dataset=laion_memorized, which has it"
+    )
+
+
 @pytest.mark.parametrize(("overrides", "expected"), [
     (["inversion.num_steps=20", "inversion.check_every=50"],
      "inversion.num_steps=20 never reaches a replication check; use at least "

@@ -42,6 +42,13 @@ def test_the_threshold_counts_false_matches(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
 
 
+def test_a_group_of_another_command_is_named(capsys):
+    from invmm.cli.threshold import COMMAND
+
+    assert COMMAND.run(["dataset=folder", "dataset.path=x", "trainer=cpu"]) == 2
+    assert "trainer is no group of options of this command; --help" in capsys.readouterr().err
+
+
 @pytest.fixture
 def runs(tmp_path):
     """Two run folders with one image each, replicated in the first only."""

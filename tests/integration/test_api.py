@@ -90,7 +90,22 @@ def test_the_same_call_goes_on_and_another_picture_is_another_run(
         ([3], (), None, "give a PIL image or a path"),
         (None, (), ["a", "b", "c"], "prompts has 3 entries for 2 images"),
         (None, ("inversion.num_stepz=3", "seed=x"), None, "(?s)num_stepz.*did you mean.*seed=x"),
-        (None, ("model.dtype=float16",), None, "model.dtype=float16 cannot be given in Python"),
+        (
+            None,
+            ("model.dtype=float16",),
+            None,
+            r"cannot be given in Python: .* pipeline\.to\(DTYPE\)",
+        ),
+        (
+            None,
+            ("dataset.ids=[a]",),
+            None,
+            r"dataset\.ids=\[a\] cannot be given in Python: the images are",
+        ),
+        (None, ("trainer=gpu",), None, "^trainer.accelerator=gpu is not where the pipeline is, on"),
+        (None, ("trainer.accelerator=mps",), None, "accelerator=mps is not where the pipeline is"),
+        ("folder", ("dataset.path=b",), None, "dataset.path=b cannot be given in Python"),
+        ("folder", (), ["a"], "prompts is for images in memory"),
         (None, ("execution.compile=true",), None, "would alter the pipeline for good"),
         (None, ("trainer.devices=2",), None, "trainer.devices must be 1"),
         (None, ("prompt=caption",), None, "use prompt=none"),
@@ -102,6 +117,25 @@ def test_faults_are_errors_with_their_cure(
     images = pictures(2) if images is None else images
     with pytest.raises(ValueError, match=message):
         invmm.measure(pixel_pipeline, images, *overrides, prompts=prompts, run_dir=tmp_path / "run")
+
+
+def test_the_keys_of_a_folder_can_be_given(tmp_path):
+    """The cure of a folder with two captions can be followed, and tells runs apart."""
+    pipeline = pipelines.seeded(pipelines.MAKERS["sd1 epsilon"])
+    folder, run_dir = tmp_path / "images, new", tmp_path / "run"
+    folder.mkdir()
+    pictures(1)[0].save(folder / "a.png")
+    (folder / "metadata.csv").write_text("file_name,text,caption\na.png,a fox,a bird\n")
+
+    def measured(*overrides):
+        options = ("measurement=denoising_loss", *OPTIONS, "prompt=caption", *overrides)
+        return invmm.measure(pipeline, folder, *options, run_dir=run_dir)
+
+    with pytest.raises(ValueError, match=r"give dataset\.caption=text or dataset.caption=caption"):
+        measured()
+    assert list(measured("dataset.caption=caption").caption) == ["a bird"]
+    with pytest.raises(ValueError, match=r"dataset\.caption was caption and is text"):
+        measured("dataset.caption=text")
 
 
 def test_the_scale_of_vq_latents_is_told_where_the_pipeline_hides_it(tmp_path):

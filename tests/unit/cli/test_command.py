@@ -184,7 +184,14 @@ def test_a_launcher_submits_what_its_own_machine_cannot_run(ran, capsys, monkeyp
     monkeypatch.setattr(
         Command, "_run_hydra", lambda self, overrides, multirun: submitted.append(overrides) or 0
     )
-    assert ran("-m", "hydra/launcher=slurm", "trainer=gpu", "shard=0/2,1/2", lacks=no_gpu)[0] == 0
+    sweep = ("-m", "hydra/launcher=slurm", "trainer=gpu", "shard=0/2,1/2")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert ran(*sweep, lacks=no_gpu)[0] == 2
+    assert "\n  hydra/launcher=slurm needs srun, which is not here; " in capsys.readouterr().err
+    assert ran(*sweep, "dry_run=true", lacks=no_gpu)[0] == 0
+    assert submitted == []
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert ran(*sweep, lacks=no_gpu)[0] == 0
     assert len(submitted) == 1
     assert ran("hydra/launcher=slurm", "trainer=gpu", lacks=no_gpu)[0] == 2  # no sweep, no launcher
     capsys.readouterr()

@@ -64,13 +64,13 @@ def test_the_content_is_the_identity_not_the_name(here):
 
 
 @pytest.mark.parametrize(("option", "content", "fault"), [
-    ("ids=@list.txt", None, "cannot be used: the file is missing; give a text file"),
+    ("ids=@list.txt", None, "the file is missing; give a text file with one id a line"),
     ("ids=@.", None, "cannot be used: not a regular file"),
     ("ids=@", None, "cannot be used: not a regular file"),
     ("ids=@list.txt", b"", "cannot be used: the file is empty"),
     ("ids=@list.txt", b"\n \n", "is an empty list; give at least one id"),
     ("ids=@list.json", b"[]", "is an empty list; give at least one id"),
-    ("ids=@list.json", b'{"a": 1}', "is not a JSON list; give one, or a .txt file"),
+    ("ids=@list.json", b'{"a": 1}', "is not a JSON list; give one, or a .txt file with one id a"),
     ("ids=@list.json", b'["a.png", 7]', "entry 2, 7, is no id"),
     ("ids=@list.txt", "é".encode("latin-1"), "is not UTF-8 text; save the list as UTF-8"),
     ("rows=@list.txt", b"1\n2x\n", "entry 2, '2x', is no row number"),

@@ -314,7 +314,8 @@ def test_numbers_and_captions_as_pandas_writes_them(parquet, tmp_path):
         ("a", 1), (None, None), (None, None), ("b", None), ("c", 4),
     ]  # fmt: skip
     assert list(dataset.problems) == [
-        "'train-000002': label 2.5 is not the number of a class; likewise 1 more: 'train-000003'"
+        "'train-000002': label 2.5 is not the number of a class (0, 1, ...); likewise 1 more: "
+        "'train-000003'"
     ]
     for column, value in (("list", r"\['x'\]"), ("number", "1")):
         with pytest.raises(

@@ -159,8 +159,9 @@ def test_names_that_leave_the_folder_are_never_opened(name, tmp_path):
     describe(tmp_path / "images", {"file_name": name})
     (escaped,) = (entry for entry in opened(tmp_path / "images").entries if entry.error)
     assert escaped.image_id == name
-    assert escaped.error == "metadata.jsonl names a file outside the data folder"
-    with pytest.raises(ImageError, match="outside the data folder"):
+    outside = "names it by an absolute path" if name[0] == "/" else "outside the data folder"
+    assert outside in escaped.error
+    with pytest.raises(ImageError, match=outside):
         opened(tmp_path / "images").load(escaped)
 
 

@@ -152,7 +152,9 @@ def test_another_variant_than_all_parts_have_is_named(saved, tmp_path):
     folder = Path(shutil.copytree(saved["sd1 epsilon"], tmp_path / "m"))
     for file in list(folder.rglob("*.safetensors")):
         file.rename(file.with_suffix(".fp16.safetensors"))
-    with pytest.raises(ValueError, match=r"of variant fp16; give model\.variant=fp16, the same for all parts"):
+    with pytest.raises(
+        ValueError, match=r"of variant fp16; give model\.variant=fp16, the same for all parts"
+    ):
         AutoModel(path=str(folder)).describe()
     assert AutoModel(path=str(folder), variant="fp16").describe().latent_shape == (4, 8, 8)
 
