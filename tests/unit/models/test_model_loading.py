@@ -78,7 +78,7 @@ LISTED = {
     "component climbing out": (put("model_index.json", **{"../evil": ["diffusers", "X"]}),
                                r"the component '\.\./evil'"),
     "unet of another library": (put("model_index.json", unet=["my_code", "UNet2DModel"]),
-                                "names .*my_code.* as its unet; supported are diffusers' UNet2DModel"),
+                                "my_code.* as its unet; supported are diffusers' UNet2DModel"),
     "unet of another class": (put("model_index.json", unet=["diffusers", "UNet2DConditionModel"]),
                               "supported are diffusers' UNet2DModel"),
     "scheduler without betas": (
