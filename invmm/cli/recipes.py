@@ -147,6 +147,8 @@ def check_train(config: Mapping[str, Any], faults: list[str]) -> TrainConfig | N
     recipes = build(TrainConfig, config, "", faults)
     model, dataset = config.get("model") or {}, config.get("dataset") or {}
     _check_size(dataset.get("size"), model.get("image_size"), faults)
+    if not faults and recipes is not None:
+        _collect(lambda: recipes.training.check_devices(recipes.trainer.devices), faults)
     return None if faults else recipes
 
 

@@ -40,6 +40,9 @@ def _dry_run(recipes: TrainConfig, config: Mapping[str, Any]) -> str:
     import yaml
 
     images = recipes.dataset.open(recipes.model.image_size).training_entries()
+    if not images:
+        raise ValueError("the data set has no image to train on")
+    recipes.model.check_captions([entry.caption for entry in images])
     shown = sum(entry.copies or 0 for entry in images)
     return "\n".join(
         (

@@ -20,6 +20,14 @@ class TrainableModel(Protocol):
 
     image_size: int
 
+    def check_captions(self, captions: Sequence[str | None]) -> None:
+        """Whether the model can learn from images with these captions, None where one has none.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        ...
+
     def start(self, captions: Sequence[str | None]) -> Trainee:
         """A model with random weights, ready to be trained; the caller seeds them.
 
@@ -107,6 +115,9 @@ class UNet:
             heads=("attention_head_dim", self.attention_head_dim),
         )
         check_noise(self.beta_start, self.beta_end)
+
+    def check_captions(self, captions: Sequence[str | None]) -> None:
+        """See `TrainableModel`; it takes no notice of them."""
 
     def start(self, captions: Sequence[str | None]) -> PixelTrainee:
         """See `TrainableModel`."""

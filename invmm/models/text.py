@@ -91,17 +91,21 @@ class TextUNet:
                 f"model.text_hidden_size={self.text_hidden_size}; use a divisor"
             )
 
+    def check_captions(self, captions: Sequence[str | None]) -> None:
+        """See `TrainableModel`; each image needs one."""
+        if missing := sum(caption is None for caption in captions):
+            raise ValueError(
+                f"{missing} of the training images have no caption, from which a text-to-image "
+                "model learns; give each one in the data set, or train model=unet_tiny"
+            )
+
     def start(self, captions: Sequence[str | None]) -> TextTrainee:
         """See `TrainableModel`.
 
         Raises:
             ValueError: training images without a caption.
         """
-        if missing := sum(caption is None for caption in captions):
-            raise ValueError(
-                f"{missing} of the training images have no caption, from which a text-to-image "
-                "model learns; give each one in the data set, or train model=unet_tiny"
-            )
+        self.check_captions(captions)
         tokenizer = word_tokenizer(
             template.replace("{}", caption)
             for caption in captions

@@ -70,11 +70,7 @@ def train(run: TrainRun) -> int:
         ValueError: the folder belongs to another config, the data set cannot be used, by this
             model or at all, or the weights became non-finite, which are not exported.
     """
-    if run.trainer.devices > 1 and run.training.batch_size % run.trainer.devices:
-        raise ValueError(
-            f"training.batch_size={run.training.batch_size} cannot be shared out over "
-            f"trainer.devices={run.trainer.devices}; use a multiple"
-        )
+    run.training.check_devices(run.trainer.devices)
     with RunFolder.open(run.run_dir, config=run.config, digest=run.digest) as folder:
         if (folder.path / FINAL).exists():
             print(f"already trained: {folder.path / FINAL}")

@@ -52,3 +52,15 @@ class TrainingSettings:
                     f"training.num_steps={self.num_steps} never reaches; use 1 to "
                     f"{self.num_steps}"
                 )
+
+    def check_devices(self, devices: int) -> None:
+        """Whether a batch can be shared out.
+
+        Raises:
+            ValueError: not evenly.
+        """
+        if self.batch_size % devices:
+            raise ValueError(
+                f"training.batch_size={self.batch_size} cannot be shared out over "
+                f"trainer.devices={devices}; use a multiple"
+            )

@@ -217,6 +217,25 @@ def test_the_other_commands_list_theirs(faults):
     ]
 
 
+def test_a_dry_run_of_a_training_ends_as_the_training_would(images, tmp_path, faults, capsys):
+    given = ["dataset=folder", f"dataset.path={images}", "dry_run=true"]
+    (line,) = faults(*given, "training.batch_size=3", "trainer.devices=2",
+                     command=train.COMMAND, given=[])  # fmt: skip
+    assert line == (
+        "training.batch_size=3 cannot be shared out over trainer.devices=2; use a multiple"
+    )
+    held_out = shutil.copytree(images, tmp_path / "held_out")
+    rows = [json.dumps({"file_name": p.name, "copies": 0}) for p in images.iterdir()]
+    (held_out / "metadata.jsonl").write_text("\n".join(rows))
+    for overrides, message in (
+        (["model=text_tiny"], "4 of the training images have no caption"),
+        ([f"dataset.path={held_out}"], "the data set has no image to train on"),
+    ):
+        assert train.COMMAND.run([*given, *overrides]) == 2
+        shown = capsys.readouterr()
+        assert (shown.out, shown.err.startswith(f"invmm-train: {message}")) == ("", True)
+
+
 def test_flags_that_are_none_end_in_a_usage_line(tmp_path):
     result = run(["--cfg", "job"], tmp_path)
     assert result.returncode == 2
