@@ -52,7 +52,7 @@ def options_with(group: str, key: str) -> list[str]:
     found = []
     for option in groups().get(group, []):
         text = (files(CONF) / group / f"{option}.yaml").read_text(encoding="utf-8")
-        if key in OmegaConf.create(text):
+        if key in OmegaConf.create(text).keys():  # noqa: SIM118 - `in` leaves out missing values
             found.append(option)
     return found
 

@@ -270,7 +270,10 @@ def _download(path: str, revision: str | None, variant: str | None, *, weights: 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if not _HUB_ID.fullmatch(path):
-        raise ValueError(f"model.path={path} is no folder here and no hub id (owner/name)")
+        raise ValueError(
+            f"model.path={path} is no folder here and no hub id (owner/name); give a folder that "
+            "save_pretrained or invmm-train wrote"
+        )
     patterns = ["*.json"]
     if weights:
         patterns += ["*/*.txt", "*/*.model"]  # of tokenizers
