@@ -244,8 +244,8 @@ def test_a_missing_weight_of_any_part_is_an_error_and_never_random(folder, tmp_p
 
 HOSTILE = {
     "climbing": ({"../evil": ["diffusers", "X"]}, r"the component '\.\./evil'"),
-    "remote code": ({"scheduler": ["my_pipeline", "DDIMScheduler"]}, "its scheduler to be"),
-    "another class": ({"scheduler": ["diffusers", "DiffusionPipeline"]}, "its scheduler to be"),
+    "remote code": ({"scheduler": ["my_pipeline", "DDIMScheduler"]}, "as its scheduler"),
+    "another class": ({"scheduler": ["diffusers", "DiffusionPipeline"]}, "as its scheduler"),
     "unknown pipeline": ({"_class_name": "KandinskyPipeline"}, "holds a KandinskyPipeline; supp"),
 }
 

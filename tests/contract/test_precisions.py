@@ -14,6 +14,7 @@ import pipelines
 import pytest
 import test_pipelines
 import torch
+from packaging.version import Version
 from test_networks import pixel_pipeline
 from torch import Tensor
 
@@ -186,8 +187,11 @@ def test_keys_of_the_autoencoder_matter_where_they_do_in_the_pipeline(name, valu
 @pytest.mark.parametrize("dtype", LATENTS)
 @pytest.mark.parametrize("classes", [None, 10])
 def test_pixel_models_equal_their_pipeline_in_every_precision(classes, dtype, source, tmp_path):
+    import diffusers
     from diffusers.pipelines.ddim import pipeline_ddim
 
+    if dtype == "bfloat16" and Version(diffusers.__version__) < Version("0.41"):
+        pytest.skip("before diffusers 0.41 pixel pipelines return numpy, which has no bfloat16")
     options = {} if classes is None else {"num_class_embeds": classes}
     pipeline = pixel_pipeline("epsilon", **options)
     pipeline.save_pretrained(tmp_path / "model")
@@ -205,6 +209,8 @@ def test_pixel_models_equal_their_pipeline_in_every_precision(classes, dtype, so
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline_ddim, "randn_tensor", lambda *args, **kwargs: noise)
         theirs = pipeline(batch_size=len(noise), num_inference_steps=5, output_type="pt").images
+    if not isinstance(theirs, Tensor):  # before diffusers 0.41
+        theirs = torch.from_numpy(theirs).permute(0, 3, 1, 2)
     if classes:
         del pipeline.unet.forward
     condition = None if classes is None else {"class_labels": torch.full((len(noise),), 7)}
