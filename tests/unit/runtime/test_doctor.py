@@ -96,6 +96,7 @@ def test_the_exit_code_says_whether_images_can_be_measured(
     check = Check(name="it", state=state, detail="because", essential=essential)
     monkeypatch.setattr(doctor, "checks", lambda out: iter([check]))
     monkeypatch.setattr(sys, "argv", ["invmm-doctor"])
+    monkeypatch.setenv("MPLBACKEND", "Agg")  # which a command sets for good
     with pytest.raises(SystemExit) as ended:
         command.main()
     assert ended.value.code == code
