@@ -17,9 +17,9 @@ from PIL import Image
 from test_networks import pixel_pipeline
 from tiny import QUICK
 
-from invmm.cli.api import _dataset
 from invmm.cli.compose import compose_job, identity_of
 from invmm.cli.recipes import check_measure, plan_of
+from invmm.data.memory import MemoryImages
 from invmm.engine.finiteness import Stage
 from invmm.models.borrowed import BorrowedModel
 from invmm.results.records import read_records
@@ -89,7 +89,7 @@ def planned(kind: str, name: str, *more: str):
     faults: list[str] = []
     plain = compose_job("measure", given, faults)
     size = {"pixel": "8", "sd3 t5 24 pixels": "24"}.get(kind, "16")
-    dataset = _dataset({"it": PICTURES[size]}, {"it": "a red fox"})
+    dataset = MemoryImages.of({"it": PICTURES[size]}, {"it": "a red fox"})
     recipes = (
         check_measure({**plain, "model": model, "dataset": dataset}, faults) if plain else None
     )
