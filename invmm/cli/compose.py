@@ -117,7 +117,9 @@ def compose_job(
             config = _options_win(compose(config_name, accepted), config_name, accepted)
         return plain(config, faults)
     except OmegaConfBaseException as error:
-        faults.append(f"{error.full_key or 'the config'} does not resolve: {first_line(error)}")
+        cure = f"; give {error.full_key}=VALUE" if error.full_key else ""
+        key = error.full_key or "the config"
+        faults.append(f"{key} does not resolve: {first_line(error)}{cure}")
     except HydraException as error:
         faults.append(_with_package(first_line(error)))
     return {}

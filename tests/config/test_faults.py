@@ -116,7 +116,8 @@ def test_a_key_of_another_option_is_answered_with_that_option(faults):
     (["~seed"], "seed is missing; give seed=VALUE"),
     (["~sampler"], "sampler is missing; give sampler=VALUE"),
     (["seed=0,1"], "seed=0,1 names several values; add --multirun to run one job each"),
-    (["seed=${nope}"], "seed does not resolve: Interpolation key 'nope' not found"),
+    (["seed=${nope}"],
+     "seed does not resolve: Interpolation key 'nope' not found; give seed=VALUE"),
 ])  # fmt: skip
 def test_each_contradiction_is_named_with_its_cure(overrides, expected, faults):
     assert faults(*overrides) == [expected]

@@ -79,7 +79,9 @@ def test_measurement_is_the_chosen_inversion():
 def test_what_does_not_resolve_is_a_fault_with_its_key():
     faults: list[str] = []
     assert compose_job("measure", [MODEL, "sampler.eta=${nope}"], faults) == {}
-    assert faults == ["sampler.eta does not resolve: Interpolation key 'nope' not found"]
+    assert faults == [
+        "sampler.eta does not resolve: Interpolation key 'nope' not found; give sampler.eta=VALUE"
+    ]
 
 
 @pytest.mark.parametrize("override", [

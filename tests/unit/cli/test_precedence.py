@@ -76,6 +76,17 @@ def test_interpolations_of_an_option_see_the_whole_config():
     assert chosen["run_dir"] == "results/duplication/model_5"
 
 
+def test_an_interpolation_of_what_the_option_lacks_names_the_key_to_give():
+    given = ["experiment=duplication", "dataset=folder", "dataset.path=i"]
+    faults: list[str] = []
+    assert compose_job("measure", given, faults) == {}
+    assert faults == [
+        "model.path does not resolve: Interpolation key 'dataset.seed' not found; give "
+        "model.path=VALUE"
+    ]
+    assert composed(*given, "model.path=m")["model"]["path"] == "m"
+
+
 def test_a_key_is_deleted_from_the_option():
     faults: list[str] = []
     given = ["experiment=paper_cifar10", "dataset=folder", "dataset.path=i", "~dataset.resize"]
