@@ -98,10 +98,10 @@ def why_nothing_is_measured(folder: RunFolder, entries: Sequence[ImageEntry]) ->
         f"{statuses[status]} {status}" for status in unmeasured if statuses[status]
     )
     share = "all" if count == len(records) else f"{count} of them"
-    return (
-        f"no image was measured: {shown}, {share} with the error: {_encodable(error)}. The same "
-        "command with retry_failed=true measures again the images that FAILED"
-    )
+    line = f"no image was measured: {shown}, {share} with the error: {_encodable(error)}"
+    if not statuses[Status.FAILED]:  # the same command would diverge again
+        return line
+    return f"{line}. The same command with retry_failed=true measures again the images that FAILED"
 
 
 def damaged_records(run_dir: Path) -> list[Path]:

@@ -65,7 +65,7 @@ def test_a_run_whose_images_all_diverge_is_incomplete(model, tmp_path, monkeypat
     (images / "broken.png").unlink()
     monkeypatch.setattr(sys, "argv", ["invmm"])
     assert COMMAND.run(tiny.command(folder, images, tmp_path / "run")[3:]) == 3
-    assert "no image was measured: 1 DIVERGED, all by: " in capsys.readouterr().err
+    assert "no image was measured: 1 DIVERGED, all with the error: " in capsys.readouterr().err
 
 
 def test_a_rerun_measures_nothing_again(finished, model, images):
