@@ -27,7 +27,10 @@ def invert(inversion: Inversion, network, setting, seed: int = 0, **settings) ->
     return next(iter(engine.run([job])))[1]
 
 
-def test_the_optimum_on_gaussian_data_is_found():
+@pytest.mark.parametrize(
+    ("prediction_type", "timesteps"), [("sample", "uniform"), ("v_prediction", "importance")]
+)
+def test_the_optimum_on_gaussian_data_is_found(prediction_type, timesteps):
     """With the ideal denoiser, E[P] + weight * KL is quadratic in the mean and solvable.
 
     x_0_hat - x_0 = (1 - c a)(m - x_0) + c s e with gain c, signal a and noise scale s; its square
@@ -35,10 +38,10 @@ def test_the_optimum_on_gaussian_data_is_found():
     (m - x_0). Adding weight / 2 (mu^2 + sigma^2 - log sigma^2) gives mu = -2 B / (2 A + weight)
     and sigma^2 = weight / (2 A + weight).
     """
-    network = IdealNetwork("sample", mean=0.2, std=0.5)
+    network = IdealNetwork(prediction_type, mean=0.2, std=0.5)
     weight = 0.05
     inversion = Inversion(
-        objective=DenoisingObjective(batch_size=256),
+        objective=DenoisingObjective(batch_size=256, timesteps=timesteps),
         kl_weight=FixedKLWeight(value=weight),
         num_steps=400,
         check_every=400,
