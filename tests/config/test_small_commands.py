@@ -36,7 +36,7 @@ def test_the_threshold_counts_false_matches(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "left out broken.png: " in result.stdout
-    again = "left out, as the same picture stands elsewhere (4): 'up-1.bmp as up-0.png'"
+    again = "same pictures, of which only the first is kept (4): 'up-0.png = up-1.bmp'"
     assert again in result.stdout
     assert "4 images, 6 pairs of different ones\nthreshold 0.9: 2 pairs match" in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
