@@ -84,7 +84,8 @@ def next_level(similarities: Tensor, *, current: float, goal: float, num_kept: i
     is not if the lowest survivor sets the threshold.
 
     Similarities may be tied: if the best are, the threshold is the next lower similarity, so that
-    some live on. If all are, it stays, and moves alone can tell the particles apart.
+    some live on. If all are, it stays, and moves alone can tell the particles apart;
+    `Population.raise_level` says how such rounds are counted.
 
     Args:
         similarities: (N,) all above the current threshold.
@@ -120,9 +121,10 @@ class Population:
         target_acceptance: share of accepted moves that h is adapted to.
 
     Attributes:
-        levels: thresholds so far; the last is the goal once it has been reached.
-        passed: who passed each of them, and out of how many.
-        acceptances: share of the moves accepted at each level, but for the last.
+        levels: threshold of each round; it stays where all particles are tied, and the last is
+            the goal once it has been reached.
+        passed: how many passed each higher threshold, and out of how many.
+        acceptances: share of the moves accepted in each round, but for the last.
     """
 
     def __init__(
@@ -143,21 +145,37 @@ class Population:
         self.passed: list[tuple[int, int]] = []
         self.acceptances: list[float] = []
         self._accepted: list[float] = []
+        self._tied = 0
 
     @property
     def reached(self) -> bool:
         """Whether the particles that remain are replicas."""
         return bool(self.levels) and self.levels[-1] == self.goal
 
+    @property
+    def stalled(self) -> bool:
+        """Whether h is at its smallest: even the shortest moves fall below the level."""
+        return self.step <= SMALLEST_STEP
+
     def raise_level(self) -> None:
-        """Sets the next threshold and counts who passes it."""
+        """Sets the next threshold and counts who passes it.
+
+        A round in which all are tied leaves the threshold, and nobody of it passes the next one:
+        it adds its particles to those out of which the next threshold is passed. Without that, p
+        would be that of the luckiest round (ours). Particles of which none has moved are those of
+        the round before, and are not counted again.
+        """
         current = self.levels[-1] if self.levels else START
         level = next_level(
             self.similarities, current=current, goal=self.goal, num_kept=self.num_kept
         )
         self.levels.append(level)
-        passed = self._pass(self.similarities)
-        self.passed.append((int(passed.sum()), len(passed)))
+        if level > current:
+            passed = self._pass(self.similarities)
+            self.passed.append((int(passed.sum()), self._tied + len(passed)))
+            self._tied = 0
+        elif not self.acceptances or self.acceptances[-1] > 0:
+            self._tied += len(self.similarities)
 
     def resample(self, rng: torch.Generator) -> None:
         """N copies of those who passed the level.

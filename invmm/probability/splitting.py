@@ -40,9 +40,10 @@ class Splitting:
     A bank of free samples comes first. If it holds enough replicas, p is counted. Else every
     repeat takes an equal part of the bank, begins with as many of its closest samples as survive
     any level, and climbs from there: so repeats stay independent, and their spread holds the
-    bank's own variance. Under no prompt, the empty one or one fixed label all images share one
-    bank; it costs each of them little, and their errors are correlated. If the budget ends before
-    any repeat has reached replicas, those in the bank are counted, however few.
+    bank's own variance. Repeats draw from one budget: who has arrived, or can no longer move,
+    leaves the rest of it to the others. Under no prompt, the empty one or one fixed label all
+    images share one bank; it costs each of them little, and their errors are correlated. If the
+    budget ends before any repeat has reached replicas, those in the bank are counted, however few.
 
     The seed of a stochastic sampler is a coordinate of the particle beside its noise; see
     `Draws.moved_towards`. Where seeds decide (DDPM, DDIM with eta near 1) few moves are accepted,
@@ -71,11 +72,13 @@ class Splitting:
         moves: Crank-Nicolson moves of every particle at a level.
         initial_step: h of the first move, from 0 (stays) to 1 (forgets); adapted at every move.
         target_acceptance: share of accepted moves that h is adapted to.
-        max_levels: budget of levels that are moved at; p is censored if it does not suffice.
+        max_samples: budget of the moves of all repeats, for one image, beside its bank; a level
+            of a repeat takes `moves` times `num_particles`. p is censored if it does not suffice.
         repeats: independent runs, whose spread goes into the interval.
 
     Raises:
-        ValueError: a level would keep no particle, or a bank is too small to begin with.
+        ValueError: a level would keep no particle, a bank is too small to begin with, or the
+            budget moves nobody.
     """
 
     bank_size: Annotated[int, Ge(1)] = 2048
@@ -87,7 +90,7 @@ class Splitting:
     moves: Annotated[int, Ge(1)] = 2
     initial_step: Annotated[float, Gt(0), Le(1)] = 0.5
     target_acceptance: Annotated[float, Gt(0), Lt(1)] = 0.35
-    max_levels: Annotated[int, Ge(1)] = 12
+    max_samples: Annotated[int, Ge(1)] = 10240
     repeats: Annotated[int, Ge(1)] = 4
 
     def __post_init__(self) -> None:
@@ -105,6 +108,12 @@ class Splitting:
                     f"{self.repeats} of measurement.num_particles={self.num_particles} and "
                     f"measurement.min_count={self.min_count}; use at least {least}"
                 )
+        if self.max_samples < (least := self._round_size(self.repeats)):
+            raise ValueError(
+                f"measurement.max_samples={self.max_samples} is too small for one level of "
+                f"measurement.repeats={self.repeats} with measurement.moves={self.moves} of "
+                f"measurement.num_particles={self.num_particles}; use at least {least}"
+            )
 
     def bank(self, seed: int, shape: tuple[int, ...], sampler: Sampler) -> Bank:
         """See `BankMeasurement`."""
@@ -132,12 +141,13 @@ class Splitting:
             self._population(drawn.bank, rows, free[rows], goal)
             for rows in torch.arange(len(free)).tensor_split(self.repeats)
         ]
-        for level in range(self.max_levels + 1):
-            for population in populations:
-                if not population.reached:
-                    population.raise_level()
-            climbing = [population for population in populations if not population.reached]
-            if not climbing or level == self.max_levels:
+        climbing, left = populations, self.max_samples
+        while True:
+            for population in climbing:
+                population.raise_level()
+            climbing = [each for each in climbing if not each.reached and not each.stalled]
+            left -= self._round_size(len(climbing))
+            if not climbing or left < 0:
                 break
             for population in climbing:
                 population.resample(rng)
@@ -160,12 +170,15 @@ class Splitting:
     def cost_from_bank(self, sampler: Sampler) -> CostRange:
         """See `BankMeasurement`; fewest: the bank counts enough replicas."""
         shown = sampling_cost(NUM_SHOWN, sampler)
-        moved = self.max_levels * self.moves * self.repeats * self.num_particles
-        return CostRange(fewest=shown, most=shown + sampling_cost(moved, sampler))
+        return CostRange(fewest=shown, most=shown + sampling_cost(self.max_samples, sampler))
 
     @property
     def _num_kept(self) -> int:
         return int(self.level_probability * self.num_particles)
+
+    def _round_size(self, repeats: int) -> int:
+        """Samples that so many repeats draw for the moves of one level."""
+        return repeats * self.moves * self.num_particles
 
     def _bank(self, size: int, seed: int, shape: tuple[int, ...], sampler: Sampler) -> Bank:
         return Bank(

@@ -40,7 +40,7 @@ MEASUREMENTS = {
     "own bank": ("measurement=free_sampling", "measurement.num_samples=4", "prompt=caption"),
     "probability": ("measurement=probability", "measurement.bank_size=8", "measurement.repeats=2",
                     "measurement.own_bank_size=8", "measurement.min_count=1", "measurement.moves=1",
-                    "measurement.num_particles=4", "measurement.max_levels=2",
+                    "measurement.num_particles=4", "measurement.max_samples=16",
                     "replication.threshold=0.9999"),
     "denoising_loss": ("measurement=denoising_loss", "measurement.num_noises=2"),
     "pia": ("measurement=pia",),

@@ -81,7 +81,7 @@ def test_the_estimate_agrees_with_a_count(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("measurement", [
     ("measurement=free_sampling", "measurement.num_samples=200"),
     ("measurement=probability", "measurement.bank_size=200", "measurement.min_count=30",
-     "measurement.max_levels=3"),
+     "measurement.max_samples=768"),
 ])  # fmt: skip
 def test_a_bank_is_shared_by_shards_kept_and_the_same_as_one_run(
     measurement, tmp_path, monkeypatch, capsys

@@ -47,6 +47,8 @@ def population(count: int = 64, *, goal: float = 9.0, **changes) -> Population:
     ([0.1, 0.3, 0.3, 0.3], 0.1),  # the best are tied: they live on together
     ([0.1, 0.1, 0.1, 0.9], 0.1),
     ([0.1, 0.1, 0.1, 0.1], 0.0),  # nobody is better: it stays
+    ([0.1, 0.5, 0.5, 0.5], 0.5),  # tied at the goal: they are replicas
+    ([0.5, 0.5, 0.5, 0.5], 0.5),
 ])  # fmt: skip
 def test_next_level_by_hand(similarities, expected):
     level = next_level(torch.tensor(similarities), current=0.0, goal=0.5, num_kept=2)
@@ -80,6 +82,69 @@ def test_a_few_of_many_free_samples_become_the_particles():
     climbing.resample(rng(2))
     assert torch.equal(climbing.similarities, height(climbing.draws))
     assert climbing.similarities.min().item() > climbing.levels[-1]
+
+
+# Ties ---------------------------------------------------------------------------------------
+
+
+def tied(*similarities: float, **changes) -> Population:
+    """Particles of given similarities, of which two are to live on."""
+    draws = Draws.from_prior(len(similarities), (1, 2, 2), SAMPLER, rng())
+    options = {
+        "num_particles": len(similarities), "num_kept": 2, "step": 0.5, "target_acceptance": 0.35,
+    }  # fmt: skip
+    return Population(
+        lambda rows: draws[rows], torch.tensor(similarities), goal=0.5, **options, **changes
+    )
+
+
+def moved(climbing: Population, *similarities: float) -> None:
+    """One round, with one move of the particles to these similarities."""
+    climbing.resample(rng())
+    climbing.decide(climbing.propose(SAMPLER, rng(1)), torch.tensor(similarities))
+    climbing.settle()
+    climbing.raise_level()
+
+
+def test_what_is_at_a_level_fails_and_what_is_at_the_goal_passes():
+    climbing = tied(0.1, 0.2, 0.2, 0.25)
+    climbing.raise_level()
+    assert climbing.levels == [pytest.approx(0.2)]
+    assert climbing.passed == [(1, 4)]
+    moved(climbing, 0.2, 0.5, 0.5, 0.5)  # the first stays where it was
+    assert climbing.similarities.tolist() == [0.25, 0.5, 0.5, 0.5]
+    assert climbing.reached
+    assert climbing.passed == [(1, 4), (3, 4)]
+
+
+def test_rounds_of_tied_particles_are_counted_with_the_level_that_follows():
+    climbing = tied(0.125, 0.125, 0.125, 0.125)
+    climbing.raise_level()
+    moved(climbing, 0.125, 0.125, 0.125, 0.125)
+    assert climbing.levels == [-2, -2]
+    assert climbing.passed == []
+    moved(climbing, 0.125, 0.125, 0.125, 0.25)
+    assert climbing.levels == [-2, -2, 0.125]
+    assert climbing.passed == [(1, 4 + 4 + 4)]
+    # Four copies of one particle. Moves that are refused show nothing new; others do.
+    for _ in range(3):
+        moved(climbing, 0.0, 0.0, 0.0, 0.125)
+    assert climbing.acceptances == [1, 1, 0, 0, 0]
+    assert climbing.levels[2:] == [0.125, 0.125, 0.125, 0.125]
+    assert climbing.passed == [(1, 12)]
+    moved(climbing, 0.25, 0.25, 0.0, 0.0)
+    moved(climbing, 0.5, 0.5, 0.5, 0.5)
+    assert climbing.passed == [(1, 12), (4, 4 + 4)]
+    assert climbing.reached
+
+
+def test_a_ladder_stalls_where_no_move_is_short_enough():
+    climbing = population(step=2 * SMALLEST_STEP)
+    climbing.raise_level()
+    climbing.resample(rng())
+    for stalled in (False, False, True):
+        assert climbing.stalled is stalled
+        climbing.decide(climbing.propose(SAMPLER, rng(1)), torch.full((64,), -9.0))
 
 
 # Moves --------------------------------------------------------------------------------------

@@ -1,24 +1,29 @@
-"""Splitting against events whose probability is known in closed form.
-
-The network returns its noise unchanged, and the similarity of an image is a known function of
-its height, so that "replicates" is a half-space, two half-spaces or a ball under N(0, I).
-"""
+"""Splitting against events whose probability is known in closed form (`closed_forms`)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
+from statistics import median
 
 import pytest
 import torch
+from closed_forms import (
+    NoiseNetwork,
+    along_diagonal,
+    at_height,
+    covers,
+    either_way,
+    half_space,
+    measured,
+    near_the_corner,
+    yes_or_no,
+)
 from scipy.stats import ncx2, norm
 from torch import Tensor
 from worlds import (
     ConditionalNetwork,
     Direction,
-    PixelWorld,
-    linear_schedule,
     make_conditional_target,
     make_setting,
     make_target,
@@ -31,88 +36,8 @@ from invmm.engine.protocols import Measurement, Setting
 from invmm.engine.requests import Sample
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
-from invmm.probability.bank import SharedBank
 from invmm.probability.certificate import clopper_pearson
 from invmm.probability.splitting import Splitting
-
-
-class NoiseNetwork(PixelWorld):
-    """Predicts as clean latents what it is given: in one DDIM step, the sample is the noise."""
-
-    def __init__(self) -> None:
-        super().__init__(linear_schedule("sample"), (1, 4, 4))
-
-    def predict(self, latents: Tensor, timesteps: Tensor, condition: object) -> Tensor:
-        self.calls.append(len(latents))
-        return latents
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents
-
-
-class Dial:
-    """Embeds an image as a hand that turns from 180 to 0 degrees while its height rises."""
-
-    def __init__(self, height: Callable[[Tensor], Tensor]) -> None:
-        self.height = height
-
-    def embed(self, pixels: Tensor) -> Tensor:
-        angle = math.pi * torch.sigmoid(-self.height(pixels.flatten(1)))
-        return torch.stack([angle.cos(), angle.sin()], 1)
-
-
-def at_height(height: float) -> float:
-    """The similarity to the target of an image of that height."""
-    return math.cos(math.pi / (1 + math.exp(height)))
-
-
-def along_diagonal(noise: Tensor) -> Tensor:
-    """N(0, 1) under the prior."""
-    return noise.sum(1) / math.sqrt(noise.shape[1])
-
-
-def either_way(noise: Tensor) -> Tensor:
-    return along_diagonal(noise).abs()
-
-
-def near_the_corner(noise: Tensor) -> Tensor:
-    """Minus the distance to (0.7, ..., 0.7)."""
-    return -(noise - 0.7).norm(dim=1)
-
-
-def measured(
-    height: Callable[[Tensor], Tensor],
-    edge: float,
-    *seeds: int,
-    sampler: dict[str, object] | None = None,
-    slots: int = 1,
-    shared: bool = False,
-    **changes,
-) -> list[Outcome]:
-    """One outcome a seed, through the engine, from a bank of the image's own or a shared one."""
-    network = NoiseNetwork()
-    options = {"num_inference_steps": 1, **(sampler or {})}
-    setting = make_setting(network, threshold=at_height(edge), **options)
-    target = replace(make_target(network), embedding=torch.tensor([1.0, 0.0]))
-    splitting = Splitting(**{"max_levels": 40, **changes})
-
-    async def from_shared_bank(seed: int, rng: torch.Generator) -> Outcome:
-        bank = splitting.bank(1000 * seed, (1, 4, 4), setting.sampler)
-        shared = SharedBank(await bank.drawn(target, setting), splitting)
-        return await shared(target, setting, rng)
-
-    def job(seed: int) -> Job:
-        rng = torch.Generator().manual_seed(seed)
-        if shared:
-            return Job(str(seed), lambda: from_shared_bank(seed, rng))
-        return Job(str(seed), lambda: splitting(target, setting, rng))
-
-    engine = Engine(
-        network, Dial(height), EngineSettings(slots=slots, rows_sample=256, rows_embed=256)
-    )
-    found = {job.key: outcome for job, outcome in engine.run(map(job, seeds))}
-    assert all(outcome.error is None for outcome in found.values())
-    return [found[str(seed)] for seed in seeds]
 
 
 def assert_close(outcomes: list[Outcome], log_p: float, *, within: float = 1.5) -> None:
@@ -225,6 +150,12 @@ def test_the_outcome_says_what_was_found():
     assert outcome.best_similarity == pytest.approx(at_height(heights[0].item()), abs=1e-6)
 
 
+def test_the_score_is_per_latent_dimension_of_all_channels():
+    (outcome,) = half_space(1e-3, (3, 4, 4)).measured([0])
+    assert outcome.columns["method"] == "split"
+    assert outcome.score == pytest.approx(-outcome.columns["log_p"] / 48)
+
+
 def test_a_common_image_is_counted():
     (outcome,) = measured(along_diagonal, 0.0, 0)
     columns = outcome.columns
@@ -239,7 +170,7 @@ def test_a_common_image_is_counted():
 
 def test_replicas_in_the_bank_are_counted_if_the_budget_ends_before_others_are_reached():
     edge = norm.isf(1 / 2048)
-    outcomes = measured(along_diagonal, edge, *range(8), shared=True, max_levels=1)
+    outcomes = measured(along_diagonal, edge, *range(8), shared=True, max_samples=256)
     assert {outcome.columns["method"] for outcome in outcomes} == {"counted", "split"}
     for outcome in outcomes:
         count = outcome.columns["count"]
@@ -258,7 +189,7 @@ def test_what_the_model_always_returns_scores_zero():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_short_budget_gives_a_bound_above_the_truth(seed):
-    (outcome,) = measured(along_diagonal, 6.0, seed, max_levels=5)
+    (outcome,) = measured(along_diagonal, 6.0, seed, max_samples=1280)
     assert outcome.status is Status.CENSORED
     assert outcome.score is None
     columns = outcome.columns
@@ -284,11 +215,59 @@ def test_quantised_similarities_are_climbed():
 
 
 def test_a_plateau_ends_censored():
-    (outcome,) = measured(lambda noise: 0 * noise[:, 0], 1.0, 0, max_levels=3)
+    (outcome,) = measured(lambda noise: 0 * noise[:, 0], 1.0, 0, max_samples=768)
     assert outcome.status is Status.CENSORED
     assert outcome.columns["log_p_high"] == 0
     assert outcome.columns["highest_level"] == -1
     assert outcome.curves["acceptance"] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("own_bank_size", "method"), [(256, "split"), (4096, "counted")])
+def test_what_is_exactly_as_similar_as_the_threshold_replicates(own_bank_size, method):
+    p, network = 0.01, NoiseNetwork()
+    setting = make_setting(network, threshold=1.0, num_inference_steps=1)
+    target = replace(make_target(network), embedding=torch.tensor([1.0, 0.0]))
+
+    class YesOrNo:
+        def embed(self, pixels: Tensor) -> Tensor:
+            """Similarity 1 or 0."""
+            yes = (along_diagonal(pixels.flatten(1)) >= norm.isf(p)).float()
+            return torch.stack([yes, 1 - yes], 1)
+
+    splitting = Splitting(own_bank_size=own_bank_size)
+    rng = torch.Generator().manual_seed(0)
+    engine = Engine(network, YesOrNo(), EngineSettings(slots=1, rows_sample=256))
+    ((_, outcome),) = engine.run([Job("it", lambda: splitting(target, setting, rng))])
+    assert outcome.error is None
+    assert outcome.columns["method"] == method
+    assert len(outcome.tensors["replicas"]) == outcome.columns["count"] > 0
+    assert covers(outcome, math.log(p))
+    assert outcome.columns["log_p"] == pytest.approx(math.log(p), abs=1)
+
+
+def test_rounds_that_find_nothing_better_are_counted():
+    """If only the round that finds a replica counted, p would be 1 / 128 at least."""
+    world = yes_or_no(1e-3)
+    found = [outcome.columns["log_p"] for outcome in world.measured(range(12))]
+    assert median(found) == pytest.approx(world.log_p, abs=1.5)
+
+
+def test_repeats_that_cannot_move_leave_the_budget():
+    """Replicas are points: every move leaves them, and h falls until it is at its smallest."""
+    seen: list[Tensor] = []
+
+    def needles(noise: Tensor) -> Tensor:
+        """The first samples differ; what is drawn later is lower than all of them."""
+        first = sum(map(len, seen)) < 256 + 8
+        seen.append(noise)
+        return along_diagonal(noise) if first else torch.full((len(noise),), -9.0)
+
+    (outcome,) = measured(needles, 6.0, 0)
+    assert outcome.status is Status.CENSORED
+    assert outcome.evaluations.forward < 10240 / 2
+    assert outcome.curves["acceptance"] == [0] * len(outcome.curves["acceptance"])
+    # of 64 free samples the best is left, in 32 copies
+    assert outcome.columns["log_p_high"] > math.log(1 / 64)
 
 
 # Reproducibility and cost -------------------------------------------------------------------
@@ -309,12 +288,12 @@ def test_the_same_seed_gives_the_same_result_in_any_company():
 def test_cost_is_what_the_engine_counts():
     sampler = {"num_inference_steps": 5}
     options = {
-        "num_particles": 20, "max_levels": 3, "moves": 2, "repeats": 3,
+        "num_particles": 20, "max_samples": 360, "moves": 2, "repeats": 3,
         "own_bank_size": 70, "bank_size": 500, "block_size": 64,
     }  # fmt: skip
     setting = make_setting(NoiseNetwork(), **sampler)
     cost = Splitting(**options).cost(setting.sampler, setting.criterion)
-    shown, bank, climb = 8 * 5, 70 * 5, 3 * 2 * 3 * 20 * 5
+    shown, bank, climb = 8 * 5, 70 * 5, 360 * 5
     assert cost.fewest == Evaluations(forward=shown + bank, sampler=shown + bank)
     assert cost.most == Evaluations(forward=shown + bank + climb, sampler=shown + bank + climb)
     (easy,) = measured(along_diagonal, -20.0, 0, sampler=sampler, **options)
@@ -343,6 +322,15 @@ def test_a_larger_bank_saves_levels():
     assert levels(own) - levels(shared) == pytest.approx(3, abs=1)
 
 
+def test_repeats_share_one_budget():
+    """Those that arrive leave it to the others, and a round that it cannot pay is not begun."""
+    outcomes = half_space(1e-6).measured(range(6), shared=True, repeats=3, max_samples=2900)
+    spent = [outcome.evaluations.forward - 2048 - 8 for outcome in outcomes]
+    assert max(spent) <= 2900
+    levels = [outcome.columns["num_levels"] for outcome in outcomes]
+    assert max(levels) > 2900 // (3 * 64) + 1
+
+
 def test_it_is_a_measurement():
     assert isinstance(Splitting(), Measurement)
 
@@ -355,7 +343,7 @@ def test_guidance_and_prompt_reach_every_sample():
     setting = make_setting(network, guidance_scales=(3.0,), threshold=0.9)
     target = make_conditional_target(network)
     splitting = Splitting(
-        num_particles=8, max_levels=1, moves=2, repeats=2, own_bank_size=20, block_size=16
+        num_particles=8, max_samples=32, moves=2, repeats=2, own_bank_size=20, block_size=16
     )
     seen: list[Sample] = []
 
@@ -405,8 +393,9 @@ def test_a_level_that_keeps_nobody_is_refused():
 @pytest.mark.parametrize(("changes", "message"), [
     ({"bank_size": 127}, "bank_size=127 .* use at least 128"),
     ({"own_bank_size": 50, "repeats": 2}, "own_bank_size=50 .* use at least 64"),
+    ({"max_samples": 255}, "max_samples=255 is too small for one level .* use at least 256"),
     ({"min_count": 300}, "own_bank_size=256 .* measurement.min_count=300; use at least 300"),
 ])  # fmt: skip
-def test_a_bank_that_is_too_small_to_begin_with_is_refused(changes, message):
+def test_what_is_too_small_to_begin_with_is_refused(changes, message):
     with pytest.raises(ValueError, match=rf"measurement\.{message}"):
         Splitting(**changes)
