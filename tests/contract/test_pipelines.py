@@ -19,6 +19,8 @@ from invmm.models.pipeline import PIPELINES, LatentPipeline
 
 CPU = torch.device("cpu")
 ROWS, STEPS = 2, 5
+SEEDS = (11, 12)
+"""Of a stochastic sampler, one a row."""
 TEXT = [name for name in pipelines.MAKERS if name.startswith("sd")]
 PROMPT, LABEL = "a red fox", 7
 
@@ -66,16 +68,18 @@ def ours(network, sampler: Sampler, noise, scale: float, prompt=None, negative: 
             def step(latents, timesteps):
                 return network.predict(latents, timesteps, condition)
 
-        seeds = [11, 12]
-        latents = draw(step, noise, sampler=sampler, schedule=network.schedule, seeds=seeds)
+        latents = draw(step, noise, sampler=sampler, schedule=network.schedule, seeds=SEEDS)
         return (network.decode(latents) + 1) / 2
+
+
+def generators():
+    return [torch.Generator().manual_seed(seed) for seed in SEEDS]
 
 
 def theirs(pipeline, noise, scale: float, prompt=PROMPT, negative: str | None = None):
     """Pixels in [0, 1] from the pipeline's own loop, its first noise handed to it."""
     kind = type(pipeline).__name__
-    generators = [torch.Generator().manual_seed(seed) for seed in (11, 12)]
-    options = {"num_inference_steps": STEPS, "generator": generators}
+    options = {"num_inference_steps": STEPS, "generator": generators()}
     if kind in ("LDMPipeline", "DiTPipeline"):
         module = __import__(type(pipeline).__module__, fromlist=["randn_tensor"])
         with pytest.MonkeyPatch.context() as patch:

@@ -24,7 +24,15 @@ from invmm.models.pipeline import PIPELINES, LatentPipeline
 from invmm.models.pixel import PixelNetwork, PixelUNet
 
 CPU = torch.device("cpu")
-FAMILIES = ("ldm vq", "ldm kl", "dit", "sd1 epsilon", "sd2 v", "sdxl", "sd3")
+DIFFUSION = ("ddim", "ddpm", "dpmsolver", "unipc", "euler", "heun")
+FAMILIES = {
+    "ldm vq": DIFFUSION, "ldm kl": DIFFUSION,
+    # DiTPipeline does not scale its noise, as Euler and Heun ask for.
+    "dit": ("ddim", "ddpm", "dpmsolver", "unipc"),
+    "sd1 epsilon": DIFFUSION, "sd2 v": DIFFUSION, "sdxl": DIFFUSION,
+    "sd3": ("flow_euler", "flow_heun"),
+}  # fmt: skip
+"""The schedulers with which each family is compared; the first is its own."""
 LATENTS = {"float32": 1e-5, "bfloat16": 4e-2, "float16": 6e-3}
 """Relative error of what goes into the autoencoder; a scale that is a tenth off makes 1e-1."""
 PIXELS = {"float32": 1e-5, "bfloat16": 6e-2, "float16": 1e-2}
@@ -60,27 +68,52 @@ def autoencoder_of(pipeline: Any) -> Any:
     return getattr(pipeline, PIPELINES[type(pipeline).__name__].family.autoencoder)
 
 
-def sampler_for(network: Any) -> Sampler:
+def sampler_for(network: Any, scheduler: str | None = None) -> Sampler:
     flow = network.schedule.is_flow
     return Sampler(
-        scheduler="flow_euler" if flow else "ddim", num_inference_steps=test_pipelines.STEPS,
+        scheduler=scheduler or ("flow_euler" if flow else "ddim"),
+        num_inference_steps=test_pipelines.STEPS,
         timestep_spacing="linspace" if flow else "trailing",
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def seeded_steps():
+    """DDPM's noise is seeded in LDMPipeline and DiTPipeline too, which hand on no generator."""
+    from diffusers.schedulers import scheduling_ddpm
+
+    plain = scheduling_ddpm.randn_tensor
+    # DiTPipeline steps twice as many rows and throws the second half away.
+    generators = [*test_pipelines.generators(), *test_pipelines.generators()]
+
+    def seeded(shape, generator=None, **options):
+        return plain(shape, generator=generator or generators[: shape[0]], **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduling_ddpm, "randn_tensor", seeded)
+        yield
+
+
 @cache
-def expected(name: str, dtype: str, overflowing: bool = False) -> tuple[Any, Tensor, Tensor, float]:
+def expected(
+    name: str, dtype: str, scheduler: str | None = None, overflowing: bool = False
+) -> tuple[Any, Tensor, Tensor, float]:
     """The pipeline, what it decodes, what that gives, and its guidance scale."""
     pipeline = pipelines.seeded(pipelines.MAKERS[name])
     if overflowing:
         overflow(pipeline)
     pipeline.to(getattr(torch, dtype))
     network = test_pipelines.wrapped(pipeline)
+    if scheduler:
+        pipeline.scheduler = sampler_for(network, scheduler).build(network.schedule)
     scale = 1.0 if network.family.prompts == ("none",) else 3.0
     noise = test_pipelines.noise_for(network).to(getattr(torch, dtype))
     # LDMPipeline cannot turn bfloat16 into an array, which it does after decoding.
     unwritable = pytest.raises(TypeError) if (name[:3], dtype) == ("ldm", "bfloat16") else None
-    with recorded(autoencoder_of(pipeline)) as calls, unwritable or contextlib.nullcontext():
+    with (
+        recorded(autoencoder_of(pipeline)) as calls, seeded_steps(),
+        unwritable or contextlib.nullcontext(),
+    ):  # fmt: skip
         test_pipelines.theirs(pipeline, noise, scale)
     ((latents, pixels),) = calls
     return pipeline, latents, pixels, scale
@@ -110,22 +143,25 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("dtype", LATENTS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_equals_its_pipeline_in_every_precision(name, dtype, source, saved):
-    pipeline, latents, pixels, scale = expected(name, dtype)
-    if source == "memory":
-        network = BorrowedModel(pipeline).load(CPU)
-    else:
-        network = LatentPipeline(path=saved(name), dtype=dtype).load(CPU)
-    noise = test_pipelines.noise_for(network).to(getattr(torch, dtype)).float()
-    with recorded(network.codec.autoencoder) as calls:
-        drawn = test_pipelines.ours(network, sampler_for(network), noise, scale)
-    ((decoded, _),) = calls
-    upcast = (name, dtype) == ("sdxl", "float16")
-    assert decoded.dtype == latents.dtype == getattr(torch, "float32" if upcast else dtype)
-    assert error(decoded, latents) < LATENTS[dtype]
-    wrong = 0.1 if name == "ldm vq" and dtype != "float32" else PIXELS[dtype]
-    assert error(drawn, (pixels.float() / 2 + 0.5).clamp(0, 1)) < wrong
-    # What the tolerance would not forgive.
-    assert error(1.1 * decoded.float(), latents) > LATENTS[dtype]
+    """With every scheduler of the family."""
+    network: Any = None
+    for scheduler in FAMILIES[name]:
+        pipeline, latents, pixels, scale = expected(name, dtype, scheduler)
+        if source == "memory":
+            network = network or BorrowedModel(pipeline).load(CPU)
+        else:
+            network = network or LatentPipeline(path=saved(name), dtype=dtype).load(CPU)
+        noise = test_pipelines.noise_for(network).to(getattr(torch, dtype)).float()
+        with recorded(network.codec.autoencoder) as calls:
+            drawn = test_pipelines.ours(network, sampler_for(network, scheduler), noise, scale)
+        ((decoded, _),) = calls
+        upcast = (name, dtype) == ("sdxl", "float16")
+        assert decoded.dtype == latents.dtype == getattr(torch, "float32" if upcast else dtype)
+        assert error(decoded, latents) < LATENTS[dtype], scheduler
+        wrong = 0.1 if name == "ldm vq" and dtype != "float32" else PIXELS[dtype]
+        assert error(drawn, (pixels.float() / 2 + 0.5).clamp(0, 1)) < wrong, scheduler
+        # What the tolerance would not forgive.
+        assert error(1.1 * decoded.float(), latents) > LATENTS[dtype]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
