@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
@@ -21,6 +22,8 @@ def run_command(name: str, action: Callable[[], int]) -> int:
     # Commands only draw into files. A notebook's shell may name a backend that is not installed
     # here; then even importing matplotlib fails, which Lightning does.
     os.environ["MPLBACKEND"] = "Agg"
+    # Importing diffusers asks older versions of torch for a GPU that may not be there.
+    warnings.filterwarnings("ignore", "User provided device_type of 'cuda'")
     out, err = (stream and _ClosablePipe(stream) for stream in (sys.stdout, sys.stderr))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
