@@ -17,12 +17,14 @@ _ROUNDING = 16 * 2.0**-52
 """Relative error of d(r || p) in double precision, generously: results err on the safe side."""
 
 
-def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+def clopper_pearson(
+    successes: float, trials: float, confidence: float = 0.95
+) -> tuple[float, float]:
     """Exact two-sided interval of a binomial rate (Clopper & Pearson 1934).
 
     Args:
         successes: in [0, trials].
-        trials: at least 1.
+        trials: at least 1; no whole number where trials that depend on each other count together.
         confidence: in (0, 1).
 
     Returns:
@@ -37,7 +39,7 @@ def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> tu
     tail = (1 - confidence) / 2
     failures = trials - successes
     low = float(beta.ppf(tail, successes, failures + 1)) if successes else 0.0
-    high = float(beta.isf(tail, successes + 1, failures)) if failures else 1.0
+    high = float(beta.isf(tail, successes + 1, failures)) if failures > 0 else 1.0
     return low, high
 
 
@@ -168,7 +170,7 @@ def _check_rate(name: str, value: float) -> None:
         raise ValueError(f"{name}={value} is no rate; give one in [0, 1]")
 
 
-def _check_counts(successes: int, trials: int, confidence: float) -> None:
+def _check_counts(successes: float, trials: float, confidence: float) -> None:
     if trials < 1:
         raise ValueError(f"trials={trials} says nothing about a rate; draw at least 1 sample")
     if not 0 <= successes <= trials:

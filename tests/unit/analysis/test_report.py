@@ -55,9 +55,9 @@ def test_the_summary_counts_by_group_with_intervals(frame):
     assert lines[2].startswith("held_out (false alarms): replicated 0 of 2")
     assert lines[3:7] == [
         "AUROC duplicated against held_out, score, ties broken by best similarity: 1.000 "
-        "(95 % interval 0.16 to 1.00)",
+        "(95 % interval 0.34 to 1.00)",
         "  true positives at <= 1 % false ones: 100% (95 % interval 16% to 100%)",
-        "AUROC duplicated against held_out, score alone: 1.000 (95 % interval 0.16 to 1.00)",
+        "AUROC duplicated against held_out, score alone: 1.000 (95 % interval 0.34 to 1.00)",
         "  true positives at <= 1 % false ones: 100% (95 % interval 16% to 100%)",
     ]
     assert lines[7:] == ["FAILED z-failed: truncated"]
@@ -215,9 +215,9 @@ def test_membership_scores_are_summarised_by_quartiles_and_ranks(scored_dir):
         "duplicated: median 0.00625 (quartiles 0.00313 to 0.00938) of 2",
         "single: median 0.5 (quartiles 0.5 to 0.5) of 1",
         "held_out: median 6.12 (quartiles 3.19 to 9.06) of 2",
-        "AUROC training against held_out: 0.833 (95 % interval 0.33 to 1.00)",
-        "  true positives at <= 1 % false ones: 67% (95 % interval 0% to 100%)",
-        "AUROC duplicated against held_out: 1.000 (95 % interval 0.16 to 1.00)",
+        "AUROC training against held_out: 0.833 (95 % interval 0.24 to 0.99)",
+        "  true positives at <= 1 % false ones: 67% (95 % interval 9% to 99%)",
+        "AUROC duplicated against held_out: 1.000 (95 % interval 0.34 to 1.00)",
         "  true positives at <= 1 % false ones: 100% (95 % interval 16% to 100%)",
         "DIVERGED nan: the score is nan",
     ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import bootstrap
+from scipy.stats import binomtest, norm
 
 from invmm.analysis.separation import contrast, separated
 from invmm.analysis.statistics import Estimate
@@ -13,7 +15,10 @@ from invmm.analysis.statistics import Estimate
 APART = np.arange(8.0) + 100, np.arange(12.0)
 """Eight positives above twelve negatives."""
 LEAST = 0.025 ** (1 / 8)
-"""The share p at which eight independent pairs all come out alike with a probability of 2.5 %."""
+"""The rate at which eight of eight come out with a probability of 2.5 % (Clopper-Pearson)."""
+PERFECT = 8 / (8 + norm.ppf(0.975) ** 2)
+"""The rate that a score test of eight of eight does not reject (Wilson)."""
+CELLS = [(area, *sizes) for area in (0.8, 0.95, 0.99) for sizes in ((12, 8), (12, 64), (64, 64))]
 
 
 def by_pairs(positives: np.ndarray, negatives: np.ndarray) -> tuple[float, float]:
@@ -23,20 +28,20 @@ def by_pairs(positives: np.ndarray, negatives: np.ndarray) -> tuple[float, float
     return above.mean(), (positives >= min(allowed, default=np.inf)).mean()
 
 
-def auroc_interval(*sides, **options) -> Estimate:
-    return separated(*sides, **options).auroc
+def auroc_interval(*sides) -> Estimate:
+    return separated(*sides).auroc
 
 
-def tpr_interval(*sides, **options) -> Estimate:
-    return separated(*sides, **options).tpr_at_fpr_1
+def tpr_interval(*sides) -> Estimate:
+    return separated(*sides).tpr_at_fpr_1
 
 
 def auroc(*sides) -> float:
-    return separated(*sides, resamples=1).auroc.value
+    return separated(*sides).auroc.value
 
 
 def tpr_at_fpr(*sides) -> float:
-    return separated(*sides, resamples=1).tpr_at_fpr_1.value
+    return separated(*sides).tpr_at_fpr_1.value
 
 
 @pytest.mark.parametrize(
@@ -63,6 +68,7 @@ def test_of_nothing_there_is_nothing():
     nothing, something = np.array([]), np.array([1.0, 2.0])
     assert separated(nothing, something) is None
     assert separated(something, nothing) is None
+    assert separated(something, np.array([1.0, np.nan])) is None
 
 
 def test_tpr_stays_at_or_below_the_false_positive_rate():
@@ -77,66 +83,65 @@ def test_tpr_stays_at_or_below_the_false_positive_rate():
 # Intervals ----------------------------------------------------------------------------------------
 
 
-def test_intervals_of_four_images_by_enumeration():
-    """3 and 1 against 2 and 0: of 16 resamples 1 has an AUROC of 0 and 7 have 1, as of the TPR."""
-    sides = np.array([3.0, 1.0]), np.array([2.0, 0.0])
-    area, rate = auroc_interval(*sides), tpr_interval(*sides)
-    assert (area.value, area.low, area.high) == (0.75, 0, 1)
-    assert (rate.value, rate.low, rate.high) == (0.5, 0, 1)
+def score_interval(rate: float, trials: float) -> tuple[float, float]:
+    """All p that a score test of `rate` does not reject at 5 %: the roots of its quadratic."""
+    z2 = norm.ppf(0.975) ** 2
+    roots = np.roots([1 + z2 / trials, -(2 * rate + z2 / trials), rate**2])
+    return min(roots.real), max(roots.real)
 
 
-def test_intervals_are_those_of_scipy_up_to_chance():
+def test_intervals_are_those_of_a_proportion():
+    """Of as many trials as the smaller side has groups; the TPR of as many as the positives."""
     generator = np.random.default_rng(5)
     sides = generator.integers(4, 40, 40).astype(float), generator.integers(0, 30, 60).astype(float)
-    found = auroc_interval(*sides), tpr_interval(*sides)
-    for place, interval in enumerate(found):
-        reference = bootstrap(
-            sides,
-            lambda *drawn, place=place: by_pairs(*drawn)[place],
-            vectorized=False,
-            method="percentile",
-            n_resamples=400,
-            random_state=1,
-        ).confidence_interval
-        assert (interval.low, interval.high) == pytest.approx(tuple(reference), abs=0.04)
-        assert interval.high - interval.low > 0.1
+    for first, second in (sides, sides[::-1]):
+        area, rate = auroc_interval(first, second), tpr_interval(first, second)
+        assert (area.low, area.high) == pytest.approx(score_interval(area.value, 40))
+        exact = binomtest(round(rate.value * len(first)), len(first)).proportion_ci()
+        assert (rate.low, rate.high) == pytest.approx((exact.low, exact.high))
 
 
-@pytest.mark.parametrize("interval", [auroc_interval, tpr_interval])
-def test_without_any_error_the_interval_is_that_of_eight_pairs(interval):
-    """No resample errs either.
+def test_a_worse_separation_never_gets_a_narrower_interval():
+    """One inversion after the other, from none to an AUROC of one half."""
+    widths = []
+    for inversions in range(0, 7 * 9 // 2):
+        positives, negatives = np.arange(7.0) + 100, np.arange(9.0) + 0.5
+        lost, rest = divmod(inversions, 9)
+        positives[:lost] = -1
+        positives[lost] = 9 - rest if rest else 100
+        found = auroc_interval(positives, negatives)
+        assert found.value == pytest.approx(1 - inversions / 63)
+        assert found.low <= found.value <= found.high
+        widths.append(found.high - found.low)
+    assert len(widths) == 31
+    assert (np.diff(widths) > 0).all()
 
-    If a positive stood above all negatives with probability LEAST, and else below them, then eight
-    would all stand above in 2.5 % of the cases.
-    """
+
+@pytest.mark.parametrize(("interval", "least"), [(auroc_interval, PERFECT), (tpr_interval, LEAST)])
+def test_without_any_error_the_interval_is_that_of_eight(interval, least):
+    """As many as the smaller side has: the positives."""
     found = interval(*APART)
     assert (found.value, found.high) == (1, 1)
-    assert found.low == pytest.approx(LEAST)
+    assert found.low == pytest.approx(least)
     upside_down = interval(*(-side for side in APART))
     assert (upside_down.value, upside_down.low) == (0, 0)
-    assert upside_down.high == pytest.approx(1 - LEAST)
-
-
-def test_of_ties_alone_little_is_known():
-    """Pairs that are no ties are at most 1 - LEAST, and may all fall to one side."""
-    found = auroc_interval(np.ones(8), np.ones(9))
-    assert found.value == 0.5
-    assert (found.low, found.high) == pytest.approx((LEAST / 2, 1 - LEAST / 2))
+    assert upside_down.high == pytest.approx(1 - least)
 
 
 def test_duplicates_count_once():
-    sides = APART[0], APART[1][:8]
+    sides = APART[0] - 98, APART[1][:8]
     copies = np.repeat(np.arange(8), 5), np.repeat(np.arange(8), 5)
     repeated = np.repeat(sides[0], 5), np.repeat(sides[1], 5)
     for interval in (auroc_interval, tpr_interval):
-        assert interval(*repeated, copies) == interval(*sides)
-        assert interval(*repeated).low > LEAST + 0.1  # as if they were forty images
-    overlapping = sides[0] - 98, sides[1]
-    repeated = np.repeat(overlapping[0], 5), np.repeat(overlapping[1], 5)
-    for interval in (auroc_interval, tpr_interval):
         together, alone = interval(*repeated, copies), interval(*repeated)
-        assert together == interval(*overlapping)
+        assert together == interval(*sides)
         assert together.high - together.low > 1.5 * (alone.high - alone.low)
+
+
+def test_groups_of_unlike_sizes_count_by_kish():
+    """Groups of 6, 1 and 1 of eight images: 64 / 38 independent ones."""
+    found = auroc_interval(*APART, (np.array([0] * 6 + [1, 2]), np.arange(12)))
+    assert found.low == pytest.approx(score_interval(1, 64 / 38)[0])
 
 
 @pytest.mark.parametrize("interval", [auroc_interval, tpr_interval])
@@ -147,12 +152,35 @@ def test_one_group_says_nothing_about_spread(interval):
     assert (found.value, found.low, found.high) == (1, 0, 1)
 
 
-def test_the_seed_decides_the_resamples():
-    sides = np.arange(9.0), np.arange(9.0) - 3
-    found = auroc_interval(*sides, resamples=250)
-    assert found.low < found.value < found.high
-    assert auroc_interval(*sides, resamples=250) == found
-    assert auroc_interval(*sides, resamples=250, seed=1) != found
+def draws(area: float, positives: int, negatives: int, spread: float, copies: int, rng):
+    """Normal scores at this AUROC, the positives with a spread of their own, in groups."""
+    shift = norm.ppf(area) * np.hypot(1, spread)
+    first = np.repeat(rng.normal(shift, spread, positives), copies)
+    return first, rng.normal(0, 1, negatives), np.repeat(np.arange(positives), copies)
+
+
+def coverage(runs: int) -> dict[tuple, int]:
+    """In how many of these runs the interval holds the true AUROC, for each cell."""
+    found = {}
+    for cell in itertools.product(CELLS, (0.3, 1.0, 3.0), (1, 3)):
+        (area, *sizes), spread, copies = cell
+        rng = np.random.default_rng([*(round(x * 1000) for x in (area, spread)), *sizes, copies])
+        held = 0
+        for _ in range(runs):
+            first, second, groups = draws(area, *sizes, spread, copies, rng)
+            interval = auroc_interval(first, second, (groups, np.arange(len(second))))
+            held += interval.low <= area <= interval.high
+        found[cell] = held
+    return found
+
+
+@pytest.mark.parametrize("runs", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_the_interval_holds_the_true_auroc(runs):
+    """Where the two sides spread alike or not, and if each positive stands there three times."""
+    found = coverage(runs)
+    assert sum(found.values()) / (len(found) * runs) >= 0.93
+    for cell, held in found.items():
+        assert binomtest(held, runs).proportion_ci(0.98).high >= 0.93, (cell, held)
 
 
 # Score tables -------------------------------------------------------------------------------------
@@ -189,21 +217,21 @@ def test_if_all_are_censored_the_score_alone_says_little():
     positive = pd.Series([index >= 8 for index in range(16)])
     by_similarity = contrast(table(*rows), positive, ~positive, tie_break=True)
     assert by_similarity.auroc.value == 1
-    assert by_similarity.auroc.low == pytest.approx(LEAST)
+    assert by_similarity.auroc.low == pytest.approx(PERFECT)
     alone = contrast(table(*rows), positive, ~positive, tie_break=False)
     assert alone.auroc.value == 0.5
-    assert (alone.auroc.low, alone.auroc.high) == pytest.approx((LEAST / 2, 1 - LEAST / 2))
+    assert (alone.auroc.low, alone.auroc.high) == pytest.approx(score_interval(0.5, 8))
     assert (alone.tpr_at_fpr_1.value, alone.tpr_at_fpr_1.low) == (0, 0)
     assert alone.tpr_at_fpr_1.high == pytest.approx(1 - LEAST)
 
 
-def test_near_duplicates_are_drawn_together():
-    """Eight positives, but near-duplicates of four: as sure as four pairs make it."""
+def test_near_duplicates_count_together():
+    """Eight positives, but near-duplicates of four: as sure as four images make it."""
     rows = [(str(index), "SCORED", float(index), None) for index in range(16)]
     positive = pd.Series([index < 8 for index in range(16)])
     groups = [str(index // 2) if index < 8 else None for index in range(16)]
     frame = table(*rows).assign(near_duplicate_group=pd.array(groups, dtype="string"))
     found = contrast(frame, positive, ~positive, tie_break=True)
     assert found.auroc.value == 1
-    assert found.auroc.low == pytest.approx(0.025 ** (1 / 4))
+    assert found.auroc.low == pytest.approx(score_interval(1, 4)[0])
     assert contrast(frame, positive, positive & ~positive, tie_break=True) is None
