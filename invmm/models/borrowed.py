@@ -18,7 +18,7 @@ from invmm.models.cost import CallCost, call_cost
 from invmm.models.execution import Execution, LoadedNetwork
 from invmm.models.loading import PIPELINES as PIXEL_PIPELINES
 from invmm.models.loading import check_components
-from invmm.models.parts import index_of
+from invmm.models.parts import index_of, refuse_non_finite
 from invmm.models.pipeline import PIPELINES as LATENT_PIPELINES
 from invmm.models.pixel import PixelNetwork, try_out_pixels
 from invmm.models.trial import try_out
@@ -33,7 +33,8 @@ class BorrowedModel:
         latent_scale: see `LatentPipeline`.
 
     Raises:
-        ValueError: it is not of a supported family, or has other parts than its family.
+        ValueError: it is not of a supported family, has other parts than its family, or a
+            weight is not finite.
     """
 
     pipeline: Any
@@ -54,6 +55,7 @@ class BorrowedModel:
                     f"the {part} of the pipeline is offloaded, and would move between devices at "
                     "every call; make the pipeline anew without offloading and call .to(DEVICE)"
                 )
+            refuse_non_finite(module, f"the {part} of the pipeline", "load the pipeline again")
 
     @contextmanager
     def as_it_was(self) -> Iterator[None]:

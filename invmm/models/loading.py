@@ -21,6 +21,7 @@ from invmm.models.parts import (
     no_weights,
     pipeline_name,
     reason_against,
+    refuse_non_finite,
     weight_faults,
     weight_files,
 )
@@ -164,7 +165,7 @@ def load_unet(folder: ModelFolder, *, variant: str | None, dtype: Any) -> Any:
     """The network with every weight in its place, on the CPU.
 
     Raises:
-        ValueError: weights are missing, unexpected or of another shape.
+        ValueError: weights are missing, unexpected, of another shape or not finite.
     """
     from diffusers import UNet2DModel
 
@@ -191,6 +192,7 @@ def load_unet(folder: ModelFolder, *, variant: str | None, dtype: Any) -> Any:
             f"model.path={folder.path} does not hold the weights its config.json describes "
             f"({faults}); export the model again"
         )
+    refuse_non_finite(unet, f"model.path={folder.path}")
     return unet
 
 

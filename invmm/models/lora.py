@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from invmm.models.parts import refuse_non_finite
+
 
 def check_lora(path: str) -> None:
     """Refuses a path that is not a safetensors file; does not open it.
@@ -31,7 +33,8 @@ def add_lora(pipeline: Any, path: str) -> None:
     """Loads LoRA weights into a pipeline; every weight must belong to a layer of it.
 
     Raises:
-        ValueError: it is not a safetensors file, or some of its weights belong to no layer.
+        ValueError: it is not a safetensors file, or some of its weights belong to no layer or are
+            not finite.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -53,6 +56,8 @@ def add_lora(pipeline: Any, path: str) -> None:
             f"model.lora={path} has {len(keys)} weights, of which {found} found a layer in this "
             f"model: {_cause(pipeline, keys)}"
         )
+    for part in _parts(pipeline).values():
+        refuse_non_finite(part, f"model.lora={path}", "train it again")
 
 
 def _cause(pipeline: Any, keys: Sequence[str]) -> str:

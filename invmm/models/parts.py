@@ -171,7 +171,8 @@ def load_part(folder: Path, name: str, class_name: str, *, variant: str | None, 
         dtype: of the weights.
 
     Raises:
-        ValueError: it cannot be loaded, or weights are missing, unexpected or of another shape.
+        ValueError: it cannot be loaded, or weights are missing, unexpected, of another shape or
+            not finite.
     """
     found = part_class(class_name)
     library = class_name.partition(".")[0]
@@ -197,7 +198,35 @@ def load_part(folder: Path, name: str, class_name: str, *, variant: str | None, 
             f"the {name} of model.path={folder} does not hold the weights its config.json "
             f"describes ({faults}); export the model again"
         )
+    refuse_non_finite(part, f"the {name} of model.path={folder}")
     return part
+
+
+def refuse_non_finite(
+    part: torch.nn.Module, owner: str, cure: str = "export the model again"
+) -> None:
+    """Refuses weights that are no numbers: an infinite one can leave finite samples, but others.
+
+    Args:
+        part: with its weights in the precision that it is measured in.
+        owner: whose weights they are, as the error names it.
+        cure: as the error ends.
+
+    Raises:
+        ValueError: a weight or buffer holds NaN or an infinite number.
+    """
+    found = {
+        key: value.dtype
+        for key, value in part.state_dict().items()
+        if value.is_floating_point() and not value.float().isfinite().all()
+    }
+    if not found:
+        return
+    if torch.float16 in found.values():
+        cure = f"float16 ends at 65504: use bfloat16 or float32, or {cure}"
+    dtypes = " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in found.values()}))
+    named = ", ".join(sorted(found)[:3]) + (" ..." if len(found) > 3 else "")
+    raise ValueError(f"{owner} holds NaN or infinite weights in {dtypes} ({named}); {cure}")
 
 
 def weight_faults(part: Any, info: Mapping[str, Any]) -> str:

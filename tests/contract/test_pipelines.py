@@ -234,16 +234,17 @@ def each_weight_file(folder: Path):
     return sorted(folder.glob("*/*.safetensors"))
 
 
-def test_a_missing_weight_of_any_part_is_an_error_and_never_random(folder, tmp_path):
+def test_a_missing_or_infinite_weight_of_any_part_is_an_error_and_never_random(folder, tmp_path):
     for file in each_weight_file(folder):
         copy = Path(shutil.copytree(folder, tmp_path / file.parent.name))
         target = copy / file.relative_to(folder)
         weights = load_file(target)
         key = sorted(key for key in weights if key.endswith("weight"))[-1]
-        del weights[key]
-        save_file(weights, target, metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=f"the {file.parent.name} of .*missing"):
-            LatentPipeline(path=str(copy)).load(CPU)
+        whole = weights.pop(key)
+        for changed, fault in (({}, "missing"), ({key: whole / 0}, "infinite weights in float32")):
+            save_file({**weights, **changed}, target, metadata={"format": "pt"})
+            with pytest.raises(ValueError, match=f"the {file.parent.name} of .*{fault}"):
+                LatentPipeline(path=str(copy)).load(CPU)
 
 
 HOSTILE = {
@@ -318,6 +319,7 @@ def test_lora_weights_are_loaded_whole_or_refused(kind, tmp_path):
         ("part", {**weights, **{key.replace("to_q", "to_nothing"): value.clone()
                                 for key, value in weights.items() if "to_q" in key}},
          r"it has no .*to_nothing"),
+        ("infinite", {key: value / 0 for key, value in weights.items()}, "NaN or infinite weights"),
     ):  # fmt: skip
         wrong = tmp_path / f"{fault}.safetensors"
         save_file(changed, wrong)

@@ -1,6 +1,7 @@
 """No measurement ends well on numbers that are not finite, whichever part they come from.
 
-A single weight of one part is NaN or infinite; everything from the weights to the records is real.
+A single weight of one part turns NaN or infinite after the model was checked; everything from the
+weights to the records is real.
 """
 
 from __future__ import annotations
@@ -140,8 +141,9 @@ def test_a_healthy_model_ends_well(name, tmp_path):
 def test_a_broken_part_of_the_model_ends_the_image_by_name(name, part, value, tmp_path):
     if part == "decoder" and name in BASELINES:
         pytest.skip("decodes nothing")
+    run = planned("text", name)
     with poisoned(PARTS[part](pipeline("text")), value):
-        assert_diverged(measured(planned("text", name), tmp_path), *STAGES[part])
+        assert_diverged(measured(run, tmp_path), *STAGES[part])
 
 
 OTHERS = {

@@ -275,6 +275,14 @@ def test_an_offloaded_pipeline_is_refused():
         BorrowedModel(pipeline)
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_pipeline_with_a_weight_that_is_no_number_is_refused(part):
+    pipeline = pipelines.seeded(pipelines.MAKERS["sd1 epsilon"])
+    next(getattr(pipeline, part).parameters()).data.view(-1)[-1] = float("nan")
+    with pytest.raises(ValueError, match=f"the {part} of the pipeline holds NaN .*; load the"):
+        BorrowedModel(pipeline)
+
+
 def test_a_compiled_denoiser_is_measured_in_memory():
     pipeline = pipelines.seeded(pipelines.MAKERS["sd1 epsilon"])
     plain = BorrowedModel(pipeline).describe()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -63,6 +64,15 @@ def add_key(folder: Path) -> None:
     save_file({**weights, "conv_surprise.weight": torch.zeros(1)}, folder / WEIGHTS)
 
 
+def spoil(value: float) -> Mutation:
+    def mutate(folder: Path) -> None:
+        weights = load_file(folder / WEIGHTS)
+        weights["conv_out.bias"][-1] = value
+        save_file(weights, folder / WEIGHTS)
+
+    return mutate
+
+
 def truncate(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000])
 
@@ -112,6 +122,8 @@ LISTED = {
 LOADED = {
     "key missing": (drop_key, r"missing conv_out\.weight"),
     "key too many": (add_key, r"unexpected conv_surprise\.weight"),
+    "infinite": (spoil(-math.inf), r"infinite weights in float32 \(conv_out\.bias\); export"),
+    "NaN": (spoil(math.nan), r"NaN or .* \(conv_out\.bias\); export the model again$"),
     "other shapes": (put(UNET, block_out_channels=[8, 32]), "cannot be loaded .*size mismatch"),
     "unknown block": (put(UNET, down_block_types=["Evil", "DownBlock2D"]), "cannot be loaded"),
     "weights cut short": (truncate, "cannot be loaded"),
@@ -146,6 +158,14 @@ def test_a_fault_in_weights_or_values_is_an_error_and_never_random_output(fault,
     mutate(folder)
     with pytest.raises(ValueError, match=message):
         PixelUNet(path=str(folder)).load(CPU)
+
+
+def test_a_weight_beyond_the_range_of_float16_is_refused_there_alone(folder):
+    spoil(70_000.0)(folder)
+    for dtype in ("float32", "bfloat16"):
+        PixelUNet(path=str(folder), dtype=dtype).load(CPU)
+    with pytest.raises(ValueError, match=r"weights in float16 \(conv_out\.bias\); float16 ends"):
+        PixelUNet(path=str(folder), dtype="float16").load(CPU)
 
 
 def test_a_repository_with_its_parts_side_by_side_loads(folder):
