@@ -7,5 +7,5 @@ options=("$@")
 .venv/bin/invmm experiment=demo "${options[@]}"
 .venv/bin/invmm experiment=demo measurement=free_sampling run_dir=results/demo/counted "${options[@]}"
 .venv/bin/invmm experiment=demo measurement=probability run_dir=results/demo/split \
-    dataset.take=null "dataset.ids=$(.venv/bin/python experiments/demo/rare.py)" "${options[@]}"
+    measurement.max_samples=3072 dataset.take=null "dataset.ids=$(.venv/bin/python experiments/demo/rare.py)" "${options[@]}"
 .venv/bin/python experiments/demo/plot.py
