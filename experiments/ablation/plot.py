@@ -11,7 +11,14 @@ import numpy as np
 import pandas as pd
 
 from invmm.analysis.statistics import image_groups, rank_correlation, success_curve
-from invmm.analysis.study import finish, found_by_group, read_run, rounded, separation
+from invmm.analysis.study import (
+    finish,
+    found_by_group,
+    read_run,
+    rounded,
+    separation,
+    shown_estimate,
+)
 from invmm.analysis.style import COLOURS, LABELS, style, subplots
 from invmm.results.collect import has_score, is_censored
 
@@ -66,7 +73,7 @@ def of_variant(frame: pd.DataFrame, base: pd.DataFrame, counted: pd.DataFrame) -
     return {
         "found": found_by_group(frame),
         **separation(frame),
-        "spearman_with_p": rounded(rank_correlation(frame, counted, tie_break=True)),
+        "spearman_with_p": shown_estimate(rank_correlation(frame, counted, tie_break=True)),
         "score_median": rounded(frame.score.median(), 4),
         "confirmed_rate_median": rounded(frame.replication_rate[has_score(frame)].median()),
         "both_found": len(both),

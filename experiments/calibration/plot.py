@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from invmm.analysis.statistics import image_groups, rank_correlation
-from invmm.analysis.study import finish, found_by_group, read_run, rounded
+from invmm.analysis.study import finish, found_by_group, read_run, rounded, shown_estimate
 from invmm.analysis.style import COLOURS, LABELS, style, subplots
 from invmm.probability.certificate import bernoulli_divergence, tightness
 
@@ -92,8 +92,8 @@ def of_splitting(frame: pd.DataFrame, counted: pd.DataFrame) -> dict[str, object
         "error_largest": rounded(errors.max()),
         "share_within_0_7_nats": rounded((errors <= 0.7).sum() / len(known)),
         "intervals_overlap": rounded(overlap.mean()),
-        "spearman_countable": rounded(rank_correlation(estimated, counted, tie_break=True)),
-        "spearman_seen": rounded(rank_correlation(seen, counted, tie_break=True)),
+        "spearman_countable": shown_estimate(rank_correlation(estimated, counted, tie_break=True)),
+        "spearman_seen": shown_estimate(rank_correlation(seen, counted, tie_break=True)),
         "cost_of_countable": cost(known),
         "cost_of_countable_split": cost(known.loc[known.method == "split"]),
     }
@@ -118,8 +118,10 @@ def of_inversion(frame: pd.DataFrame, counted: pd.DataFrame) -> dict[str, object
         "countable_found": int(countable.score.notna().sum()),
         "score_median": rounded(scored.score.median(), 5),
         "tightness_median": rounded(float(np.median(tight)) if tight else None, 1),
-        "spearman_with_p": rounded(rank_correlation(frame, counted, tie_break=True)),
-        "spearman_with_p_score_alone": rounded(rank_correlation(frame, counted, tie_break=False)),
+        "spearman_with_p": shown_estimate(rank_correlation(frame, counted, tie_break=True)),
+        "spearman_with_p_score_alone": shown_estimate(
+            rank_correlation(frame, counted, tie_break=False)
+        ),
         "cost_of_found": cost(frame.loc[frame.score.notna()]),
     }
 
@@ -160,7 +162,7 @@ def compared(name: str, runs: dict[str, pd.DataFrame], counted: pd.DataFrame) ->
             both.busy_seconds.sum() / both.busy_seconds_published.sum(), 2
         ),
         "countable": len(countable),
-        **{f"spearman_with_p{key}": rounded(value) for key, value in ranks.items()},
+        **{f"spearman_with_p{key}": shown_estimate(value) for key, value in ranks.items()},
     }
 
 
@@ -168,7 +170,7 @@ def between(seeds: list[pd.DataFrame]) -> dict[str, object]:
     """Rank correlation of the published score between seeds, on the icons that all measured."""
     shared = set.intersection(*(set(frame.image_id) for frame in seeds))
     of_pairs = [rank_correlation(a, b, tie_break=True) for a, b in combinations(seeds, 2)]
-    return {"images": len(shared), "spearman": [rounded(value) for value in of_pairs]}
+    return {"images": len(shared), "spearman": [shown_estimate(value) for value in of_pairs]}
 
 
 def cost(frame: pd.DataFrame) -> dict[str, float | int | None]:

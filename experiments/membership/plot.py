@@ -14,7 +14,7 @@ import pandas as pd
 from invmm.analysis.separation import contrast
 from invmm.analysis.sheet import EMPTY, Row, image_and_closest, sheet
 from invmm.analysis.statistics import image_groups, rank_correlation
-from invmm.analysis.study import finish, found_by_group, read_run, rounded
+from invmm.analysis.study import finish, found_by_group, read_run, rounded, shown_estimate
 from invmm.analysis.style import COLOURS, LABELS, style, subplots
 from invmm.engine.outcomes import Status
 from invmm.results.collect import has_score, is_censored
@@ -134,11 +134,11 @@ def of_score(
     if name in MEMORIZATION:
         found["found"] = found_by_group(frame)
     if name != "counted":
-        found["spearman_with_p"] = rounded(rank_correlation(frame, counted, tie_break=True))
-        found["spearman_with_p_score_alone"] = rounded(
+        found["spearman_with_p"] = shown_estimate(rank_correlation(frame, counted, tie_break=True))
+        found["spearman_with_p_score_alone"] = shown_estimate(
             rank_correlation(frame, counted, tie_break=False)
         )
-        found["spearman_with_p_members"] = rounded(
+        found["spearman_with_p_members"] = shown_estimate(
             rank_correlation(members, counted, tie_break=True)
         )
     if name != CONTROL:

@@ -136,8 +136,8 @@ def of_step(step: int, frames: dict[str, pd.DataFrame]) -> dict[str, object]:
             "found": found_by_group(frame),
             **separation(frame),
             "score_median": rounded(frame.score.median(), 5),
-            "spearman_with_p": rounded(rank_correlation(frame, counted, tie_break=True)),
-            "spearman_with_p_score_alone": rounded(
+            "spearman_with_p": shown_estimate(rank_correlation(frame, counted, tie_break=True)),
+            "spearman_with_p_score_alone": shown_estimate(
                 rank_correlation(frame, counted, tie_break=False)
             ),
             "evaluations_median": float(

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from invmm.analysis.statistics import Estimate, memorization_order, near_duplicate_groups
+from invmm.analysis.statistics import (
+    Estimate,
+    independent_count,
+    memorization_order,
+    near_duplicate_groups,
+)
 from invmm.probability.certificate import clopper_pearson
 
 if TYPE_CHECKING:
@@ -63,8 +68,7 @@ def separated(
     whatever the two distributions (Bamber 1975): that of a proportion of min(m, n) trials, so that
     its interval is Wilson's (1927). At equal numbers a lower AUROC above 0.5 never has a narrower
     one. The TPR is a proportion of the positives, with the interval of Clopper & Pearson (1934).
-    Images of a group count together, as (sum of the groups' sizes)^2 / (sum of their squares)
-    (Kish 1965).
+    Images of a group count together, see `independent_count`.
 
     Args:
         positives: (m,) numbers that grow with memorization.
@@ -86,9 +90,8 @@ def separated(
     false, true, _ = roc_curve(labels, values, drop_intermediate=False)
     area, rate = float(auc(false, true)), float(true[false <= MAX_FALSE_POSITIVE_RATE][-1])
     groups = duplicates or tuple(np.arange(len(side)) for side in sides)
-    sizes = [np.unique(own, return_counts=True)[1] for own in groups]
-    independent = [own.sum() ** 2 / (own**2).sum() for own in sizes]
-    if min(map(len, sizes)) < 2:
+    independent = [independent_count(own) for own in groups]
+    if min(len(np.unique(own)) for own in groups) < 2:
         ends = [(0.0, 1.0)] * 2
     else:
         ends = [

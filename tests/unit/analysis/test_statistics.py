@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import binomtest, spearmanr
 
 from invmm.analysis.statistics import (
     found_shares,
@@ -14,6 +15,7 @@ from invmm.analysis.statistics import (
     near_duplicate_groups,
     proportion,
     rank_correlation,
+    spearman_interval,
     success_curve,
 )
 
@@ -95,34 +97,32 @@ def test_an_image_that_is_like_no_other_is_its_own_group():
 # Bootstrap ----------------------------------------------------------------------------------------
 
 
-def test_the_median_of_three_by_enumeration():
-    """Of 27 resamples 7 have the median 1, 13 have 2, 7 have 5: all inside the interval."""
-    found = median_interval(np.array([5.0, 1.0, 2.0]))
-    assert (found.value, found.low, found.high) == (2, 1, 5)
-    assert str(found) == "2 (95 % interval 1 to 5)"
-
-
-def test_images_of_a_duplicate_group_are_drawn_together():
-    """Groups {1, 1, 9} and {5}: the medians are 1, 5, or 3 of both together."""
-    found = median_interval(np.array([1.0, 5.0, 9.0, 1.0]), np.array(["a", "b", "a", "a"]))
-    assert (found.value, found.low, found.high) == (3, 1, 5)
-    unique = np.array([0.3, 1.0, 2.5, 2.7, 4.0, 9.0, 9.5, 12.0])
-    assert median_interval(np.repeat(unique, 9), np.repeat(np.arange(8), 9)) == median_interval(
-        unique
-    )
-
-
-def test_the_interval_of_a_median_covers_it():
-    """At 95 % of 200 draws, within three standard errors of such a count."""
-    generator = np.random.default_rng(0)
-    intervals = [median_interval(generator.normal(size=30), resamples=300) for _ in range(200)]
-    covered = sum(interval.low <= 0 <= interval.high for interval in intervals)
-    assert 0.90 <= covered / 200 <= 0.995
-
-
-def test_one_group_says_nothing_about_spread():
-    assert median_interval(np.array([1.0, 2.0]), np.array([7, 7])) is None
+def test_the_median_of_six_lies_between_the_outermost():
+    """Both fall to one side of the median in 2 of 64 samples; of five, in 2 of 32."""
+    found = median_interval(np.array([5.0, 1.0, 2.0, 9.0, 7.0, 3.0]))
+    assert (found.value, found.low, found.high) == (4, 1, 9)
+    assert str(found) == "4 (95 % interval 1 to 9)"
+    assert median_interval(np.arange(5.0)) is None
     assert median_interval(np.array([])) is None
+    assert median_interval(np.array([5.0, 1.0, 2.0, 9.0, 7.0, np.nan])) is None
+    # Of nine, the second and eighth: 2 (1 + 9) / 512 = 3.9 %; the third and seventh: 18 %.
+    nine = median_interval(np.arange(9.0))
+    assert (nine.low, nine.high) == (1, 7)
+    ties = median_interval(np.ones(8))
+    assert (ties.value, ties.low, ties.high) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("draw", ["standard_normal", "standard_exponential", "standard_cauchy"])
+@pytest.mark.parametrize("size", [6, 9, 30, 101])
+def test_the_interval_of_a_median_covers_it(draw, size):
+    """The exact coverage lies between 95 and 98 %: 400 samples, four standard errors."""
+    generator = np.random.default_rng([size, len(draw)])
+    truth = {"standard_exponential": np.log(2)}.get(draw, 0)
+    intervals = [median_interval(getattr(generator, draw)(size)) for _ in range(400)]
+    covered = sum(interval.low <= truth <= interval.high for interval in intervals)
+    assert covered / 400 >= 0.906
+    if size >= 30:
+        assert covered / 400 <= 0.995
 
 
 # Censoring ----------------------------------------------------------------------------------------
@@ -155,7 +155,8 @@ def test_all_censored_is_no_success_and_not_a_failure():
 
 
 def named(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
-    return frame.assign(image_id=list(names))
+    alone = pd.array([None] * len(names), dtype="string")
+    return frame.assign(image_id=list(names), near_duplicate_group=alone)
 
 
 def test_spearman_ranks_the_censored_last():
@@ -166,18 +167,60 @@ def test_spearman_ranks_the_censored_last():
         *"dbcaex",
     )  # fmt: skip
     # ranks 5 4 3 2 1 against 5 4 3 1 2: 1 - 6 * 2 / (5 * 24)
-    assert rank_correlation(left, right, tie_break=True) == pytest.approx(0.9)
+    assert rank_correlation(left, right, tie_break=True).value == pytest.approx(0.9)
     # ranks 5 4 2 2 2 against 5 4 3 1.5 1.5: the correlation of ranks with ties
     tied = np.corrcoef([5, 4, 2, 2, 2], [5, 4, 3, 1.5, 1.5])[0, 1]
-    assert rank_correlation(left, right, tie_break=False) == pytest.approx(tied)
-    assert rank_correlation(left, left, tie_break=False) == pytest.approx(1)
+    assert rank_correlation(left, right, tie_break=False).value == pytest.approx(tied)
+    assert rank_correlation(left, left, tie_break=False).value == pytest.approx(1)
 
 
 def test_spearman_of_what_is_not_told_apart_is_nothing():
     censored = named(scores(("CENSORED", None, 0.5), ("CENSORED", None, 0.2)), "a", "b")
     scored = named(scores(("ESTIMATED", 1.0, 0.5), ("ESTIMATED", 2.0, 0.2)), "a", "b")
     assert rank_correlation(censored, scored, tie_break=False) is None
-    assert rank_correlation(censored, scored, tie_break=True) == pytest.approx(1)
+    assert rank_correlation(censored, scored, tie_break=True).value == pytest.approx(1)
     assert rank_correlation(scored, named(scored, "x", "y"), tie_break=True) is None
     with pytest.raises(ValueError, match="image_id=a stands in a table twice"):
         rank_correlation(named(scored, "a", "a"), scored, tie_break=True)
+
+
+def test_the_interval_of_spearman_is_that_of_fisher_z():
+    """By hand: n = 28 and r = 0.5, z = 0.549 +- 1.96 sqrt(1.125 / 25)."""
+    assert spearman_interval(0.5, 28) == pytest.approx((0.13275, 0.74653), abs=1e-4)
+    assert spearman_interval(-0.5, 28) == pytest.approx((-0.74653, -0.13275), abs=1e-4)
+    assert spearman_interval(0.5, 3.9) == (-1, 1)
+
+
+def test_a_perfect_rank_correlation_is_not_certain():
+    """The inner end is that of ten ranks of which two neighbours are swapped, the outer one 1."""
+    swapped = 1 - 6 * 2 / (10 * 99)
+    low, high = spearman_interval(1.0, 10)
+    assert (low, high) == (spearman_interval(swapped, 10)[0], 1)
+    assert 0.9 < low < 0.97
+    assert spearman_interval(-1.0, 10) == (-1, -low)
+    ten = named(scores(*(("ESTIMATED", float(n), None) for n in range(10))), *"abcdefghij")
+    found = rank_correlation(ten, ten, tie_break=False)
+    assert (found.value, found.low, found.high) == pytest.approx((1, low, 1))
+    pairs = ten.assign(near_duplicate_group=pd.array([*"aabbccddee"], dtype="string"))
+    for tables in ((pairs, ten), (ten, pairs)):
+        found = rank_correlation(*tables, tie_break=False)
+        assert (found.low, found.high) == spearman_interval(1.0, 5)
+
+
+@pytest.mark.parametrize("runs", [150, pytest.param(2000, marks=pytest.mark.slow)])
+def test_the_interval_of_spearman_covers_it(runs):
+    """Of normal scores, whose rank correlation is 6 / pi asin(r / 2)."""
+    held = {}
+    for correlation in (0.0, 0.5, 0.9, -0.97):
+        for size in (12, 30, 64):
+            rng = np.random.default_rng([round(100 * abs(correlation)), size])
+            truth = 6 / np.pi * np.arcsin(correlation / 2)
+            held[correlation, size] = 0
+            for _ in range(runs):
+                first, noise = rng.standard_normal((2, size))
+                second = correlation * first + np.sqrt(1 - correlation**2) * noise
+                low, high = spearman_interval(spearmanr(first, second).statistic, size)
+                held[correlation, size] += low <= truth <= high
+    assert sum(held.values()) / (len(held) * runs) >= 0.93
+    for cell, count in held.items():
+        assert binomtest(count, runs).proportion_ci(0.98).high >= 0.93, (cell, count)
