@@ -46,15 +46,14 @@ _LARGEST_EXPONENT = 700.0  # of what a double can hold
 def table(frame: pd.DataFrame) -> str:
     """The most memorized images, one line each, or those most like a training image."""
     names = _OF_MEMBERSHIP if is_membership(frame) else tuple(_COLUMNS)
-    with_probability = "one_in" in frame
+    last = {column: shown for column, shown in _LAST.items() if column in frame}
     header = " ".join(f"{name:{_COLUMNS[name]}}" for name in names)
-    if with_probability:
-        header += "  one in ... draws (95 %)"
+    header += "".join(f"  {name}" for name, _ in last.values())
     lines = [header, "-" * len(header)]
     for _, row in ranked(frame).head(MAX_ROWS).iterrows():
         cells = _cells(row)
         line = " ".join(f"{cells[name]:{_COLUMNS[name]}}" for name in names)
-        lines.append(line + (f"  {shown_draws(row)}" if with_probability else ""))
+        lines.append(line + "".join(f"  {shown(row)}" for _, shown in last.values()))
     if len(frame) > MAX_ROWS:
         lines.append(f"... and {len(frame) - MAX_ROWS} more in scores.csv")
     return "\n".join(lines)
@@ -76,6 +75,21 @@ def shown_draws(row: pd.Series) -> str:
     if not empty.get("log_p_high", True):
         return f"more than {math.exp(min(-row.log_p_high, _LARGEST_EXPONENT)):,.0f}"
     return ""
+
+
+def shown_confirmation(row: pd.Series) -> str:
+    """The fresh samples that replicated, with their interval; "" if none were drawn."""
+    if row.isna().confirm_drawn:
+        return ""
+    counted = f"{row.confirm_passed:.0f} of {row.confirm_drawn:.0f}"
+    return f"{counted} ({row.rate_low:.0%} to {row.rate_high:.0%})"
+
+
+_LAST = {
+    "one_in": ("one in ... draws (95 %)", shown_draws),
+    "confirm_drawn": ("fresh replicas (95 %)", shown_confirmation),
+}
+"""What makes further columns -> their header and text."""
 
 
 def summary(frame: pd.DataFrame) -> str:

@@ -41,6 +41,15 @@ def test_the_table_has_one_aligned_line_an_image_most_memorized_first(frame):
     assert {len(line) for line in (header, rule, *lines)} == {len(header)}
 
 
+def test_fresh_samples_are_shown_with_their_interval(frame):
+    confirmed = {"confirm_passed": 60, "confirm_drawn": 64, "rate_low": 0.818, "rate_high": 0.9891}
+    columns = pd.DataFrame(confirmed, index=frame.index[frame.image_id == "many"])
+    header, _, first, *others = table(frame.join(columns)).splitlines()
+    assert header.endswith("fresh replicas (95 %)")
+    assert first.endswith("  60 of 64 (82% to 99%)")
+    assert not any("of 64" in line for line in others)
+
+
 def test_a_long_table_says_what_it_leaves_out(frame, monkeypatch):
     monkeypatch.setattr(table_module, "MAX_ROWS", 2)
     lines = table(frame).splitlines()
