@@ -12,7 +12,8 @@ take() { echo "dataset.take={duplicated:$1,single:$2,held_out:$3}"; }
 
 # The truth: the seed differs from that of every bank below.
 measure counted measurement=free_sampling measurement.num_samples=20480 seed=1000
-measure splitting measurement=probability "$(take 40 2 2)"
+# The budget of the recorded run, which went twelve levels of 256 samples up at most.
+measure splitting measurement=probability measurement.max_samples=3072 "$(take 40 2 2)"
 measure trajectory inversion=trajectory "$(take 40 4 8)"
 measure published "${published[@]}" "$(take 16 2 2)"
 for seed in 1 2; do
