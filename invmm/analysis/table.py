@@ -48,7 +48,9 @@ def table(frame: pd.DataFrame) -> str:
     names = _OF_MEMBERSHIP if is_membership(frame) else tuple(_COLUMNS)
     last = {column: shown for column, shown in _LAST.items() if column in frame}
     header = " ".join(f"{name:{_COLUMNS[name]}}" for name in names)
-    header += "".join(f"  {name}" for name, _ in last.values())
+    header += "".join(
+        f"  {name.format(**frame.max(numeric_only=True))}" for name, _ in last.values()
+    )
     lines = [header, "-" * len(header)]
     for _, row in ranked(frame).head(MAX_ROWS).iterrows():
         cells = _cells(row)
@@ -85,7 +87,18 @@ def shown_confirmation(row: pd.Series) -> str:
     return f"{counted} ({row.rate_low:.0%} to {row.rate_high:.0%})"
 
 
+def shown_repeats(row: pd.Series) -> str:
+    """How many repeats found a score, and the least and largest of them; "" without repeats."""
+    if row.isna().num_found:
+        return ""
+    found = f"{row.num_found:.0f}"
+    return (
+        found if row.isna().score_low else f"{found}, {row.score_low:.3f} to {row.score_high:.3f}"
+    )
+
+
 _LAST = {
+    "num_found": ("found, score of {repeats:.0f} repeats", shown_repeats),
     "one_in": ("one in ... draws (95 %)", shown_draws),
     "confirm_drawn": ("fresh replicas (95 %)", shown_confirmation),
 }

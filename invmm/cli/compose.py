@@ -179,6 +179,8 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     identity = {key: value for key, value in config.items() if key not in MACHINE_KEYS}
     if "measurement" in identity:
         identity.pop("inversion", None)
+    if identity.get("repeats") == 1:  # as before there was such a key
+        del identity["repeats"]
     if "engine" in identity:
         identity["engine"] = {k: v for k, v in identity["engine"].items() if k != "slots"}
     return identity

@@ -191,7 +191,7 @@ def _cost(recipes: MeasureConfig) -> tuple[CostRange, Evaluations]:
     measurement, sampler = recipes.measurement, recipes.sampler
     if isinstance(measurement, BankMeasurement) and recipes.prompt.is_shared:
         return measurement.cost_from_bank(sampler), measurement.bank(0, (), sampler).cost
-    return measurement.cost(sampler, recipes.replication), Evaluations()
+    return recipes.repeated.cost(sampler, recipes.replication), Evaluations()
 
 
 def _images(recipes: MeasureConfig, size: int) -> tuple[int, list[str]]:

@@ -17,6 +17,7 @@ from invmm.diffusion.guidance import is_guided
 from invmm.diffusion.sampling import Sampler
 from invmm.diffusion.schedule import NoiseSchedule
 from invmm.engine.protocols import Measurement
+from invmm.engine.repeated import Repeated
 from invmm.engine.settings import EngineSettings
 from invmm.files import json_digest
 from invmm.inversion.inversion import Inversion
@@ -25,7 +26,7 @@ from invmm.inversion.trajectory import Trajectory
 from invmm.models.adapter import ModelInfo, ModelRecipe
 from invmm.models.architectures import TrainableModel
 from invmm.models.execution import Execution
-from invmm.probability.bank import only_guidance_scale
+from invmm.probability.bank import BankMeasurement, only_guidance_scale
 from invmm.replication.replication import Replication
 from invmm.results.run_folder import differences
 from invmm.runtime.loggers import RunLog
@@ -50,11 +51,19 @@ class MeasureConfig:
     trainer: TrainerSettings
     logger: RunLog
     seed: Annotated[int, Ge(0)]
+    repeats: Annotated[int, Ge(1)] = 1
     out: Annotated[str, MinLen(1)]
     run_dir: Annotated[str, MinLen(1)] | None
     shard: str | None
     retry_failed: bool
     dry_run: bool
+
+    @property
+    def repeated(self) -> Measurement:
+        """What is done to each image."""
+        if self.repeats == 1:
+            return self.measurement
+        return Repeated(measurement=self.measurement, repeats=self.repeats)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +131,7 @@ def plan_of(
     """
     digest = json_digest(identity)
     return MeasureRun(
-        measurement=recipes.measurement,
+        measurement=recipes.repeated,
         model=recipes.model,
         dataset=recipes.dataset,
         prompt=recipes.prompt,
@@ -189,6 +198,11 @@ def _check_between(config: Mapping[str, Any], faults: list[str]) -> None:
         faults.append(
             f"prompt=learned cannot be searched by a {type(measurement).__name__}; use "
             "measurement=inversion with inversion=paper_sd, or prompt=caption"
+        )
+    if isinstance(measurement, BankMeasurement) and config.get("repeats", 1) != 1:
+        faults.append(
+            f"repeats={config['repeats']} has no meaning for a {type(measurement).__name__}, whose "
+            "interval holds the chance of its draws; give repeats=1, and other seeds for more draws"
         )
     replication: Replication | None = _readable(Replication, config.get("replication"))
     if isinstance(measurement, Trajectory) and replication is not None:

@@ -73,6 +73,14 @@ class Evaluations:
             sampler=self.sampler + other.sampler,
         )
 
+    def __mul__(self, times: int) -> Evaluations:
+        """So often."""
+        return Evaluations(
+            forward=self.forward * times,
+            backward=self.backward * times,
+            sampler=self.sampler * times,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class CostRange:
@@ -89,6 +97,10 @@ class CostRange:
     def __add__(self, other: Evaluations) -> CostRange:
         """With something that is needed in any case."""
         return CostRange(fewest=self.fewest + other, most=self.most + other)
+
+    def __mul__(self, times: int) -> CostRange:
+        """So often."""
+        return CostRange(fewest=self.fewest * times, most=self.most * times)
 
 
 @dataclass(frozen=True, kw_only=True)

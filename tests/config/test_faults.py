@@ -95,6 +95,10 @@ def test_a_key_of_another_option_is_answered_with_that_option(faults):
      "replication.threshold=1.5 is not possible: it should be less than or equal to 1"),
     (["replication.threshold=-2"],
      "replication.threshold=-2 is not possible: it should be greater than or equal to -1"),
+    (["repeats=0"], "repeats=0 is not possible: it should be greater than or equal to 1"),
+    (["repeats=3", "measurement=probability"],
+     "repeats=3 has no meaning for a Splitting, whose interval holds the chance of its draws; give "
+     "repeats=1, and other seeds for more draws"),
     (["dataset.size=16"], "dataset.size=16 is not the model's 8; use dataset.size=null"),
     (["dataset.ids=[a.png]", "dataset.take={single: 1}"],
      "dataset.ids and dataset.take exclude each other; give one of them"),

@@ -85,6 +85,30 @@ def test_a_run_holds_and_says_so(run, verified):
         assert f"{image['fresh']['confirm_passed']} of 64" in output
 
 
+def test_repeats_end_as_a_median_that_holds(model, images, verified, tmp_path):
+    """In any number of slots; another number of repeats is another run."""
+    folders = [tmp_path / "one", tmp_path / "all"]
+    for folder, slots in zip(folders, ("1", "auto"), strict=True):
+        searched = ("repeats=3", "replication.threshold=-0.1", "inversion.check_prior=false")
+        command = tiny.command(model, images, folder, *searched, f"engine.slots={slots}")
+        result = tiny.invmm(command)
+        assert result.returncode == 0, result.stderr
+        assert "found, score of 3 repeats" in result.stdout
+    assert tiny.records(folders[0]) == tiny.records(folders[1])
+    found = [record for record in read_records(folders[0]) if record["columns"].get("num_found")]
+    assert {record["columns"]["repeats"] for record in found} == {3}
+    for record in found:
+        low, high = record["columns"]["score_low"], record["columns"]["score_high"]
+        if record["score"] is None:
+            assert record["columns"]["num_found"] == 1
+        else:
+            assert low <= record["score"] <= high
+    ranges = [(record["columns"]["score_low"], record["columns"]["score_high"]) for record in found]
+    assert any(low < high for low, high in ranges), ranges
+    code, output, _ = verified(folder=folders[0])
+    assert code == 0, output
+
+
 def test_other_samples_by_another_seed_the_same_by_the_same(run, verified):
     record = replicated(run)
     drawn = []

@@ -50,6 +50,17 @@ def test_fresh_samples_are_shown_with_their_interval(frame):
     assert not any("of 64" in line for line in others)
 
 
+def test_repeats_are_shown_with_their_range(frame):
+    own = pd.DataFrame({"image_id": ["many", "single"], "repeats": [3, 3], "num_found": [2, 0],
+                        "score_low": [0.01, np.nan], "score_high": [0.0349, np.nan]})  # fmt: skip
+    header, _, *lines = table(frame.merge(own, how="left")).splitlines()
+    assert header.endswith("  found, score of 3 repeats")
+    (many,) = [line for line in lines if "(many)" in line]
+    assert many.endswith("  2, 0.010 to 0.035")
+    (single,) = [line for line in lines if line.startswith("single ")]
+    assert single.endswith("  0")
+
+
 def test_a_long_table_says_what_it_leaves_out(frame, monkeypatch):
     monkeypatch.setattr(table_module, "MAX_ROWS", 2)
     lines = table(frame).splitlines()
