@@ -23,10 +23,10 @@ demo: $(READY)  ## train a small model with planted copies and find what it memo
 	bash experiments/demo/run.sh
 
 test: $(READY)  ## the quick tests (some twelve minutes on two cores)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-all: $(READY)  ## all tests, killed and distributed runs included (twenty minutes)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not gpu"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu"
 
 test-gpu: $(READY)  ## tests that need a GPU (three minutes); lists what was skipped
 	$(PYTHON) -m pytest -m gpu -rsP tests/gpu

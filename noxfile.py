@@ -34,7 +34,17 @@ def mutants(session: nox.Session) -> None:
 
 def _quick_tests(session: nox.Session) -> None:
     tests = ["-m", "not slow and not gpu", *session.posargs]
-    session.run("python", "-m", "pytest", "-n", "2", *tests, env={"OMP_NUM_THREADS": "1"})
+    session.run(
+        "python",
+        "-m",
+        "pytest",
+        "-n",
+        "2",
+        "--dist",
+        "worksteal",
+        *tests,
+        env={"OMP_NUM_THREADS": "1"},
+    )
 
 
 def _floors() -> list[str]:

@@ -129,9 +129,10 @@ def tests(paths: str) -> str:
     return f"{sys.executable} -m pytest -q -x -p no:cacheprovider -m 'not slow and not gpu' {paths}"
 
 
-def own_tests(room: str) -> str:
-    """The command for those of a room."""
-    return tests(f"tests/unit/{room}")
+def own_tests(room: str, module: str = "") -> str:
+    """The command for those of a room, those named after the module first."""
+    named_after = sorted(Path("tests/unit", room).glob(f"test_{module}.py"))
+    return tests(" ".join(map(str, [*named_after, f"tests/unit/{room}"])))
 
 
 def time_limit(room: str) -> tuple[str, float | None]:
@@ -147,7 +148,7 @@ def tried(work: tuple[MutationSpec, float]) -> tuple[MutationSpec, bool, str]:
     """A mutant, whether the tests kill it, and its change."""
     spec, limit = work
     room = room_of(spec)
-    for command in (own_tests(room), tests(BEYOND[room])):
+    for command in (own_tests(room, spec.module_path.stem), tests(BEYOND[room])):
         found = mutate_and_test([spec], command, limit)
         if found.test_outcome is not TestOutcome.SURVIVED:
             break
