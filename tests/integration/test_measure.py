@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -54,18 +55,22 @@ def test_a_run_whose_images_all_fail_is_incomplete(model, tmp_path):
     assert tiny.invmm(arguments, env=shell).returncode == 3  # as long as it is so
 
 
-def test_a_run_whose_images_all_diverge_is_incomplete(model, tmp_path, monkeypatch, capsys):
-    """A weight that is no number lies in the file."""
+@pytest.mark.parametrize(("value", "code", "line"), [
+    (3e38, 3, "no image was measured: 1 DIVERGED, all with the error: "),
+    (math.nan, 2, "holds NaN or infinite weights in float32 (conv_out.bias); export the model"),
+])  # fmt: skip
+def test_a_model_that_is_no_good_is_told(value, code, line, model, tmp_path, monkeypatch, capsys):
+    """Weights too large for the losses, or no numbers at all, lie in the file."""
     folder = Path(shutil.copytree(model, tmp_path / "model"))
     (weights,) = folder.rglob("*.safetensors")
     tensors = load_file(weights)
-    tensors["conv_out.bias"][0] = float("nan")
+    tensors["conv_out.bias"][0] = value
     save_file(tensors, weights, metadata={"format": "pt"})
     images = tiny.save_images(tmp_path / "images", 1)
     (images / "broken.png").unlink()
     monkeypatch.setattr(sys, "argv", ["invmm"])
-    assert COMMAND.run(tiny.command(folder, images, tmp_path / "run")[3:]) == 3
-    assert "no image was measured: 1 DIVERGED, all with the error: " in capsys.readouterr().err
+    assert COMMAND.run(tiny.command(folder, images, tmp_path / "run")[3:]) == code
+    assert line in capsys.readouterr().err
 
 
 def test_a_rerun_measures_nothing_again(finished, model, images):

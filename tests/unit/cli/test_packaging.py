@@ -79,11 +79,11 @@ def test_every_target_of_the_makefile_is_explained():
     explained = re.findall(r"^  make ([a-z0-9-]+) +\S", result.stdout, re.MULTILINE)
     assert explained == [
         "help", "setup", "demo", "test", "test-all", "test-gpu", "test-lowest", "test-py312",
-        "lint", "format", "bench", "bench-gpu", "study", "figures", "clean",
+        "mutants", "lint", "format", "bench", "bench-gpu", "study", "figures", "clean",
     ]  # fmt: skip
 
 
 def test_continuous_integration_runs_what_people_run():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
-    assert "make lint test" in script.read_text().splitlines()
+    assert "make setup lint test-all demo" in script.read_text().splitlines()
