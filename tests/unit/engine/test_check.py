@@ -14,6 +14,7 @@ from worlds import (
     make_target,
 )
 
+from invmm.engine import check as check_module
 from invmm.engine.check import Check, check_replication, deciding_failures
 from invmm.engine.engine import Engine
 from invmm.engine.outcomes import Outcome, Status
@@ -92,6 +93,29 @@ def test_the_scale_that_passes_ends_the_check_else_the_highest_rate_counts():
         assert (passed.passed, passed.guidance_scale) == (True, better.guidance_scale)
     setting = make_setting(network, threshold=-1.0)
     assert checked(network, target, setting, noise, 1.0, scales[::-1]).guidance_scale == 3.0
+
+
+@pytest.mark.parametrize(
+    ("lowest_rate", "seen", "closest"),
+    [
+        (0.5, {1.0: (4, 0.6), 3.0: (3, 0.9)}, 1.0),  # the rate counts
+        (0.5, {1.0: (4, 0.6), 3.0: (4, 0.9)}, 3.0),  # of equal rates the similarity
+        (1.0, {1.0: (4, 0.6), 3.0: (3, 0.9)}, 3.0),  # where one failure decides, that alone
+    ],
+)
+def test_what_came_closest(lowest_rate, seen, closest, monkeypatch):
+    """Scale -> replicas of ten samples, and the highest similarity."""
+
+    async def scripted(scale, *others) -> Check:
+        replicas, best = seen[scale]
+        return Check(torch.linspace(0, best, 10), torch.zeros(10, 3, 4, 4), replicas, False, scale)
+
+    monkeypatch.setattr(check_module, "_check_at", scripted)
+    network = MicroNetwork()
+    for order in ((1.0, 3.0), (3.0, 1.0)):
+        target, noise = make_target(network), normal(10, network)
+        found = checked(network, target, make_setting(network), noise, lowest_rate, order)
+        assert found.guidance_scale == closest
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,12 @@ from worlds import (
 
 from invmm.diffusion.sampling import Sampler, draw
 from invmm.diffusion.schedule import NoiseSchedule
+from invmm.engine.check import Check
 from invmm.engine.engine import Engine
 from invmm.engine.outcomes import Outcome, Status
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
-from invmm.inversion.confirmation import in_pixels
+from invmm.inversion.confirmation import Confirmation, exact_kl, in_pixels
 from invmm.inversion.frequency import (
     dct_matrix,
     from_frequencies,
@@ -35,7 +36,7 @@ from invmm.inversion.frequency import (
     to_frequencies,
 )
 from invmm.inversion.noise import GaussianNoise
-from invmm.inversion.trajectory import Trajectory
+from invmm.inversion.trajectory import Look, Trajectory
 from invmm.probability.certificate import clopper_pearson, log_p_certified, lower_rate
 
 
@@ -338,6 +339,101 @@ def test_the_nearest_that_is_confirmed_is_scored():
     assert 0 < nearer.score < found.score
 
 
+# The looks ----------------------------------------------------------------------------------
+
+
+def ten(replicas: int, scale: float = 1.0) -> Check:
+    """A check of ten samples."""
+    similarities = torch.linspace(0.9, 0.1, 10)
+    return Check(similarities, torch.zeros(10, 3, 4, 4), replicas, replicas >= 9, scale)
+
+
+class Scripted(Trajectory):
+    """A search whose checks and looks are told how many of ten samples replicate.
+
+    Every check offers means of 4, 3 and 2 on the way back to the prior.
+    """
+
+    def told(self, checks: list[int], looks: list[int]) -> Outcome:
+        """The outcome; `seen` keeps the mean of each look, `tried` the scales of each check."""
+        seen, tried = [], []
+        object.__setattr__(self, "seen", seen)
+        object.__setattr__(self, "tried", tried)
+        object.__setattr__(self, "scripts", (iter(checks), iter(looks)))
+        network = ConditionalNetwork()
+        setting = make_setting(network, num_confirm=10, guidance_scales=(1.0, 3.0))
+        [outcome] = run(self, network, setting, make=make_conditional_target)
+        assert outcome.error is None
+        return outcome
+
+    async def _check(self, noise, guidance_scales, target, setting, rng):
+        self.tried.append(list(guidance_scales))
+        return ten(next(self.scripts[0]), guidance_scales[-1])
+
+    async def _shrunk(self, noise, num_shrinks, guidance_scale, target, setting, rng):
+        return [self._at(mean, target) for mean in (4.0, 3.0, 2.0)]
+
+    async def _look(self, noise, guidance_scale, target, setting, rng):
+        self.seen.append((noise.mean.mean().item(), guidance_scale))
+        count = next(self.scripts[1])
+        return Look(
+            noise=noise,
+            found=Confirmation(check=ten(count), kl_nats=exact_kl(noise) * 48),
+            is_confirmed=count / 10 >= self.confirmed_rate,
+        )
+
+    @staticmethod
+    def _at(mean: float, target):
+        return GaussianNoise(
+            torch.full_like(target.latents, mean), torch.zeros_like(target.latents)
+        )
+
+
+def scripted(**more) -> Scripted:
+    given = dict(num_steps=12, check_every=4, check_prior=False, sampler_steps=2, batch_size=2,
+                 num_confirmations=4, confirmed_rate=0.9)  # fmt: skip
+    return Scripted(**{**given, **more})
+
+
+def test_the_nearest_are_looked_at_first_until_one_is_confirmed():
+    """At a rate of just 0.9, on the third look; nothing is drawn after it."""
+    search = scripted()
+    outcome = search.told([10], [3, 8, 9])
+    assert [mean for mean, _ in search.seen] == [2, 3, 4]
+    assert (outcome.status, outcome.steps, outcome.replication_rate) == (Status.REPLICATED, 4, 0.9)
+    assert outcome.score == pytest.approx(8.0)  # of a mean of 4: 4^2 / 2
+    assert outcome.columns["confirm_passed"] == 9
+
+
+def test_the_looks_left_go_to_the_nearest():
+    """Four looks: three after the first check, one after the second; then the search ends."""
+    search = scripted()
+    outcome = search.told([10, 10], [5, 7, 6, 2])
+    assert [mean for mean, _ in search.seen] == [2, 3, 4, 2]
+    assert (outcome.status, outcome.steps) == (Status.NOT_REPLICATED, 8)
+    # the best look is reported, not the first or the last one
+    assert (outcome.replication_rate, outcome.score) == (0.7, None)
+    assert outcome.tensors["mean"].mean().item() == pytest.approx(3)
+
+
+def test_a_failed_look_leaves_the_search_going():
+    search = scripted()
+    outcome = search.told([10, 0, 10], [1, 2, 3, 10])
+    assert (outcome.status, outcome.steps) == (Status.REPLICATED, 12)
+    assert outcome.score == pytest.approx(2.0)  # of a mean of 2
+    few = scripted(num_confirmations=2)
+    assert few.told([10], [1, 2]).steps == 4
+    assert [mean for mean, _ in few.seen] == [2, 3]
+
+
+def test_the_scale_of_a_check_is_that_of_its_looks_and_the_next_to_be_tried_first():
+    """Each check here is decided by the scale that is tried last."""
+    search = scripted(num_confirmations=6)
+    search.told([10, 0, 10], [0] * 6)
+    assert search.tried == [[1.0, 3.0], [3.0, 1.0], [1.0, 3.0]]
+    assert [scale for _, scale in search.seen] == [3.0, 3.0, 3.0, 3.0, 3.0, 3.0]
+
+
 # Cost, reproducibility, faults ---------------------------------------------------------------
 
 
@@ -366,7 +462,6 @@ def test_guided_models_are_driven_and_checked_at_their_scales():
     [outcome] = run(measure, network, setting, make=make_conditional_target)
     cost = measure.cost(setting.sampler, setting.criterion)
     assert outcome.status is Status.NOT_REPLICATED
-    assert outcome.columns["guidance_scale"] in (1.0, 3.0)
     assert cost.fewest.backward <= outcome.evaluations.backward <= cost.most.backward
     assert cost.most.backward == 2 * cost.fewest.backward
 
