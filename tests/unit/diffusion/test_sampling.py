@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -155,6 +156,19 @@ def test_a_start_at_no_signal_is_refused_for_noise_predictors_only(scheduler):
     message = r"num_inference_steps=1000 (starts at timestep 999|with .* starts at timestep 0, )"
     with pytest.raises(ValueError, match=message):
         every.check_schedule(epsilon)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_noise_levels_of_a_flow(shift):
+    """S t / (1 + (s - 1) t): trailing, t falls by whole steps; linspace, to the smallest trained."""
+    flow = NoiseSchedule.from_config({"num_train_timesteps": 1000, "shift": shift})
+    smallest = shift / 1000 / (1 + (shift - 1) / 1000)
+    for spacing, times in (("trailing", [1, 0.75, 0.5, 0.25]),
+                           ("linspace", np.linspace(1, smallest, 4))):  # fmt: skip
+        sampler = Sampler(scheduler="flow_euler", num_inference_steps=4, timestep_spacing=spacing)
+        expected = [shift * t / (1 + (shift - 1) * t) for t in times]
+        found = sampler.build(flow).sigmas
+        assert found.tolist() == pytest.approx([*expected, 0], abs=1e-6)
 
 
 def test_a_start_where_the_image_would_be_seen_already_is_refused():
