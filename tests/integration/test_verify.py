@@ -24,6 +24,8 @@ from invmm.engine.outcomes import Outcome, Status
 from invmm.inversion.frequency import to_frequencies
 from invmm.results.records import read_records
 from invmm.results.run_folder import RunFolder
+from invmm.runtime import verify as verify_module
+from invmm.runtime.worker import image_generator
 
 
 @pytest.fixture
@@ -121,6 +123,20 @@ def test_other_samples_by_another_seed_the_same_by_the_same(run, verified):
     assert len({str(similarities) for similarities in drawn}) == 3
 
 
+def test_the_randomness_is_never_that_of_the_run(run, verified, monkeypatch):
+    seeds, confirm = [], verify_module.confirm
+
+    async def watched(noise, target, setting, rng, **options):
+        seeds.append((target.image_id, rng.initial_seed()))
+        return await confirm(noise, target, setting, rng, **options)
+
+    monkeypatch.setattr(verify_module, "confirm", watched)
+    verified("--seed", 0, "--num-samples", 2)  # the run had this seed too
+    assert seeds
+    for image_id, seed in seeds:
+        assert seed != image_generator(0, image_id).initial_seed()
+
+
 def test_a_tampered_distribution(run, verified):
     record = replicated(run)
     image = to_pixels(Image.open(run / "records" / record["folder"] / "target.png"))
@@ -211,12 +227,14 @@ def test_a_searched_prompt_is_drawn_with_again(tmp_path, monkeypatch, verified):
     images, run = tiny.save_images(tmp_path / "images", 2), tmp_path / "searched"
     overrides = [
         *tiny.command(tmp_path / "model", images, run)[3:], "prompt=learned",
-        "replication.threshold=-1", "replication.num_confirm=4",
+        "replication.threshold=-1", "replication.num_confirm=0", "sampler.guidance_scales=[1,3]",
     ]  # fmt: skip
     assert measure.COMMAND.run(overrides) == 0
     code, output, found = verified(folder=run)
     assert code == 0, output
     assert [image["verdict"] for image in found.values()].count("HOLDS") == 2
+    # each check may have looked at both guidance scales
+    assert {image["recorded"]["looks"] for image in found.values() if image["recorded"]} == {2}
     record = next(r for r in read_records(run) if r["status"] == "REPLICATED")
     tamper_arrays(run, record, lambda arrays: arrays.pop("prompt_embedding"))
     code, output, _ = verified(folder=run)

@@ -160,7 +160,7 @@ def test_a_start_at_no_signal_is_refused_for_noise_predictors_only(scheduler):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_the_noise_levels_of_a_flow(shift):
-    """S t / (1 + (s - 1) t): trailing, t falls by whole steps; linspace, to the smallest trained."""
+    """S t / (1 + (s - 1) t) for t in whole steps (trailing) or down to the smallest trained."""
     flow = NoiseSchedule.from_config({"num_train_timesteps": 1000, "shift": shift})
     smallest = shift / 1000 / (1 + (shift - 1) / 1000)
     for spacing, times in (("trailing", [1, 0.75, 0.5, 0.25]),
