@@ -79,15 +79,19 @@ def sampler_for(network: Any, scheduler: str | None = None) -> Sampler:
 
 @contextlib.contextmanager
 def seeded_steps():
-    """DDPM's noise is seeded in LDMPipeline and DiTPipeline too, which hand on no generator."""
+    """DDPM's noise is seeded in LDMPipeline and DiTPipeline too, which hand on no generator.
+
+    It is drawn in float32: older releases of torch draw other numbers in half precision.
+    """
     from diffusers.schedulers import scheduling_ddpm
 
     plain = scheduling_ddpm.randn_tensor
     # DiTPipeline steps twice as many rows and throws the second half away.
     generators = [*test_pipelines.generators(), *test_pipelines.generators()]
 
-    def seeded(shape, generator=None, **options):
-        return plain(shape, generator=generator or generators[: shape[0]], **options)
+    def seeded(shape, generator=None, *, dtype, device):
+        chosen = generator or generators[: shape[0]]
+        return plain(shape, generator=chosen, dtype=torch.float32, device=device).to(dtype)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduling_ddpm, "randn_tensor", seeded)
