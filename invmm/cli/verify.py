@@ -51,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", metavar="FOLDER", help="where the model is now; its weights must be the same"
     )
+    parser.add_argument(
+        "--expect", metavar="ROOT_HASH", help="that the run printed: all its files must be there"
+    )
     return parser
 
 
@@ -79,6 +82,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             device=torch.device(name),
             command=shlex.join(["invmm-verify", *sys.argv[1:]]),
+            root_hash=arguments.expect,
         )
     )
 
@@ -91,6 +95,7 @@ def _rebuilt(run_dir: Path, manifest: Mapping[str, Any], model: str | None) -> M
     """
     from invmm.cli.compose import digest_of, identity_of
     from invmm.cli.recipes import check_measure, plan_of
+    from invmm.results.run_folder import stored_config
 
     config = manifest["config"]
     if digest_of(config) != manifest["config_digest"]:
@@ -98,6 +103,9 @@ def _rebuilt(run_dir: Path, manifest: Mapping[str, Any], model: str | None) -> M
             f"{run_dir / 'manifest.json'} was altered: its config does not have the digest "
             f"{manifest['config_digest']}"
         )
+    stored = stored_config(run_dir)
+    if stored is not None and stored["config"] != identity_of(config):
+        raise ValueError(f"{run_dir / 'manifest.json'} was altered: config.json has another config")
     faults: list[str] = []
     given = {**config, "model": _model(config, model), "dataset": _dataset(config)}
     recipes = check_measure(given, faults)

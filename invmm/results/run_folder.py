@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -142,6 +143,17 @@ class RunFolder:
         with (self.path / "processes.jsonl").open("ab") as file:
             file.write((json.dumps(account) + "\n").encode())
 
+    @contextmanager
+    def exclusive(self, name: str) -> Iterator[None]:
+        """While it is open, no other process has this file of the folder.
+
+        Args:
+            name: of the file.
+        """
+        with (self.path / f"{name}.lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
     def settled(self, name: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the first process to ask decides, for all processes and reruns of the run.
 
@@ -150,8 +162,7 @@ class RunFolder:
             decide: called by one process only; the others wait.
         """
         path = self.path / name
-        with (self.path / f"{name}.lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self.exclusive(name):
             if not path.exists():
                 write_atomically(path, json.dumps(decide(), indent=1).encode())
             return json.loads(path.read_bytes())
@@ -252,7 +263,7 @@ class OwnedRunFolder:
     def _forget_run_without_results(self) -> None:
         """Removes the config of a run that ended before its first result."""
         path = self._folder.path
-        if _stored(path) is None or any(any(path.glob(pattern)) for pattern in _RESULTS):
+        if stored_config(path) is None or any(any(path.glob(pattern)) for pattern in _RESULTS):
             return
         locks = [_lock(file) for file in (path / "locks").glob("*.lock")]
         if None not in locks:  # else a process of that run has not ended yet
@@ -268,7 +279,7 @@ class OwnedRunFolder:
             content = {"digest": self._folder.digest, "config": config}
             write_atomically(path, json.dumps(content, indent=1).encode())
             return
-        stored = _stored(self._folder.path)
+        stored = stored_config(self._folder.path)
         if stored is None:
             raise ValueError(f"{path} is damaged or not a run's; choose another run_dir")
         if stored["digest"] != self._folder.digest:
@@ -279,7 +290,7 @@ class OwnedRunFolder:
             )
 
 
-def _stored(path: Path) -> dict[str, Any] | None:
+def stored_config(path: Path) -> dict[str, Any] | None:
     """The content of a run's config.json; None if it is missing, damaged or no run's."""
     try:
         stored = json.loads((path / "config.json").read_bytes())

@@ -15,6 +15,7 @@ from invmm.exits import Exit
 from invmm.results.manifest import Inputs, write_manifest
 from invmm.results.records import why_nothing_is_measured
 from invmm.results.run_folder import RunFolder
+from invmm.results.seal import seal
 from invmm.runtime.plan import MeasureRun
 from invmm.runtime.processes import (
     WORKER_DEATHS,
@@ -52,7 +53,9 @@ def measure(run: MeasureRun) -> int:
         if pending:
             exit_code = _measure_pending(run, folder, dataset, pending)
         print(report(folder.path), flush=True)
-        run.logger.publish(folder.path, run.config)
+        root = seal(folder)
+        print(f"root hash, for `invmm-verify --expect`: {root}", flush=True)
+        run.logger.publish(folder.path, {**run.config, "root_hash": root})
         if exit_code == Exit.DONE and (failure := why_nothing_is_measured(folder, entries)):
             print(failure, file=sys.stderr)
             return Exit.INCOMPLETE

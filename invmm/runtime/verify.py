@@ -29,6 +29,7 @@ from invmm.inversion.confirmation import confirm
 from invmm.inversion.saved import CHECKS, saved_noise, saved_tensors
 from invmm.models.execution import LoadedNetwork
 from invmm.results.records import damaged_records
+from invmm.results.seal import seal_faults
 from invmm.runtime.conditions import Conditions
 from invmm.runtime.evidence import checked_network, chosen_records
 from invmm.runtime.findings import Finding, table
@@ -51,6 +52,7 @@ class Verification:
         seed: of the fresh samples. Their randomness is never that of the run, whatever its seed.
         device: of the network.
         command: for the report.
+        root_hash: which the run printed; None leaves unverified that no record is missing.
     """
 
     run: MeasureRun
@@ -60,6 +62,7 @@ class Verification:
     seed: int
     device: torch.device
     command: str
+    root_hash: str | None = None
 
 
 def verify(task: Verification) -> int:
@@ -67,7 +70,8 @@ def verify(task: Verification) -> int:
 
     Returns:
         The exit code: 0 every record holds, or has no score that could; 1 some record does not
-        hold; 4 some cannot be verified, and all others hold.
+        hold, or the files are not those of the root hash; 4 some cannot be verified, and all others
+        hold.
 
     Raises:
         ValueError: nothing can be verified: no such image, records of a measurement that saves no
@@ -79,8 +83,11 @@ def verify(task: Verification) -> int:
     findings = Verifier(task, network).findings(records)
     if not task.image_ids:
         findings += [_unreadable(path) for path in damaged_records(run_dir)]
+    faults = seal_faults(run_dir, task.manifest, task.root_hash) if task.root_hash else []
     report = {
         "command": task.command,
+        "root_hash": task.root_hash,
+        "faults": faults,
         "seed": task.seed,
         "num_samples": task.num_samples,
         "device": str(task.device),
@@ -90,9 +97,9 @@ def verify(task: Verification) -> int:
     }
     path = run_dir / "verification.json"
     write_atomically(path, json.dumps(report, indent=1, allow_nan=False).encode())
-    print(table(findings), f"written: {path}", sep="\n")
+    print(table(findings), *(faults or [_sealed(task.root_hash)]), f"written: {path}", sep="\n")
     verdicts = {finding.verdict for finding in findings}
-    if Verdict.FAILS in verdicts:
+    if faults or Verdict.FAILS in verdicts:
         return Exit.DOES_NOT_HOLD
     return Exit.UNDECIDED if Verdict.UNVERIFIED in verdicts else Exit.DONE
 
@@ -239,6 +246,15 @@ class Verifier:
         """Those of the run, without the row counts that it measured on its own device."""
         given = self.run.engine
         return replace(given, **{name: getattr(EngineSettings(), name) for name in given.open})
+
+
+def _sealed(root_hash: str | None) -> str:
+    if root_hash:
+        return f"files: those of the run with the root hash {root_hash}"
+    return (
+        "files: not verified that none is missing and none another's; give --expect ROOT_HASH, "
+        "which the run printed"
+    )
 
 
 def _unreadable(path: Path) -> Finding:

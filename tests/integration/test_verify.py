@@ -24,6 +24,7 @@ from invmm.engine.outcomes import Outcome, Status
 from invmm.inversion.frequency import to_frequencies
 from invmm.results.records import read_records
 from invmm.results.run_folder import RunFolder
+from invmm.results.seal import contents, root_hash
 from invmm.runtime import verify as verify_module
 from invmm.runtime.worker import image_generator
 
@@ -121,6 +122,73 @@ def test_other_samples_by_another_seed_the_same_by_the_same(run, verified):
         drawn.append(images[record["image_id"]]["fresh"]["similarities"])
     assert drawn[0] == drawn[1]
     assert len({str(similarities) for similarities in drawn}) == 3
+
+
+def root_of(output: str) -> str:
+    (line,) = [line for line in output.splitlines() if line.startswith("root hash")]
+    return line.rpartition(" ")[2]
+
+
+def forge_status(run: Path, place: Path, manifest: dict) -> None:
+    record = json.loads((place / "record.json").read_bytes())
+    record |= {"status": "NOT_REPLICATED", "score": None, "score_nats": None}
+    (place / "record.json").write_text(json.dumps(record))
+
+
+def rename(run: Path, place: Path, manifest: dict) -> None:
+    place.rename(place.with_name("another-0123456789ab"))
+
+
+def copy_to_another(run: Path, place: Path, manifest: dict) -> None:
+    shutil.copytree(place, place.with_name("another-0123456789ab"))
+
+
+def list_anew(run: Path, place: Path, manifest: dict) -> None:
+    """All fits together again, but not to the hash that the run printed."""
+    shutil.rmtree(place)
+    manifest["contents"] = contents(run)
+    manifest["root_hash"] = root_hash(manifest)
+
+
+@pytest.mark.parametrize(("forge", "line"), [
+    (lambda run, place, manifest: shutil.rmtree(place), "/record.json is missing"),
+    (forge_status, "/record.json was altered"),
+    (rename, "records/another-0123456789ab/arrays.safetensors is none of the run's files"),
+    (copy_to_another, "records/another-0123456789ab/record.json is none of the run's files"),
+    (lambda run, place, manifest: (place / "target.png").write_bytes(b"x"), "target.png was alter"),
+    (lambda run, place, manifest: (run / "gallery.png").unlink(), "gallery.png is missing"),
+    (lambda run, place, manifest: manifest.update(seed=7), "root hash of manifest.json is "),
+    (lambda run, place, manifest: manifest["inputs"].update(dataset="0"), "root hash of manifest"),
+    (lambda run, place, manifest: manifest.pop("contents"), "manifest.json has no root hash"),
+    (list_anew, "the root hash of manifest.json is "),
+])  # fmt: skip
+def test_files_that_are_not_those_of_the_root_hash(forge, line, finished, run, verified):
+    root = root_of(finished[1].stdout)
+    place = run / "records" / replicated(run)["folder"]
+    manifest = json.loads((run / "manifest.json").read_bytes())
+    forge(run, place, manifest)
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    other = next(r["image_id"] for r in read_records(run) if r["status"] == "REPLICATED")
+    code, output, _ = verified(other, "--num-samples", 1, "--expect", root)
+    assert code == 1, output
+    assert line in output
+
+
+def test_the_files_of_a_run_have_its_root_hash(finished, run, model, images, verified, tmp_path):
+    """Another run of the same command has the same, whatever its folder, slots and seconds."""
+    root = root_of(finished[1].stdout)
+    again = tiny.invmm(tiny.command(model, images, tmp_path / "again", "engine.slots=2"))
+    assert root_of(again.stdout) == root
+    code, output, _ = verified("--expect", root)
+    assert code == 0, output
+    assert f"files: those of the run with the root hash {root}" in output
+    code, output, _ = verified()
+    assert code == 0
+    assert "not verified that none is missing" in output
+    (run / "config.json").write_text((run / "config.json").read_text().replace("0.05", "0.04"))
+    code, output, _ = verified()
+    assert code == 2
+    assert "manifest.json was altered: config.json has another config" in output
 
 
 def test_the_randomness_is_never_that_of_the_run(run, verified, monkeypatch):
