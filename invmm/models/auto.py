@@ -13,7 +13,8 @@ from invmm.models.adapter import ModelInfo, ModelRecipe
 from invmm.models.codec import Posterior
 from invmm.models.cost import CallCost
 from invmm.models.execution import Execution, LoadedNetwork
-from invmm.models.loading import BARE, fetched, read_json
+from invmm.models.json_files import read_json
+from invmm.models.loading import BARE, fetched
 from invmm.models.loading import PIPELINES as PIXEL_PIPELINES
 from invmm.models.parts import pipeline_name
 from invmm.models.pipeline import PIPELINES as LATENT_PIPELINES

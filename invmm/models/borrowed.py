@@ -18,10 +18,11 @@ from invmm.models.cost import CallCost, call_cost
 from invmm.models.execution import Execution, LoadedNetwork
 from invmm.models.loading import PIPELINES as PIXEL_PIPELINES
 from invmm.models.loading import check_components
-from invmm.models.parts import index_of, refuse_non_finite
+from invmm.models.parts import index_of
 from invmm.models.pipeline import PIPELINES as LATENT_PIPELINES
 from invmm.models.pixel import PixelNetwork, try_out_pixels
 from invmm.models.trial import try_out
+from invmm.models.weights import refuse_non_finite
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,12 +1,11 @@
 """Opening diffusers folders, and trusting nothing in them.
 
-diffusers leaves parameters without weights on the meta device and says nothing; class names and
-component folders come from a JSON file that anyone can write. Both are checked here.
+Class names and component folders come from a JSON file that anyone can write. They are checked
+here.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,17 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from invmm.models.json_files import read_json
 from invmm.models.known import known_architecture
-from invmm.models.parts import (
-    ABSENT,
-    SCHEDULERS,
-    no_weights,
-    pipeline_name,
-    reason_against,
-    refuse_non_finite,
-    weight_faults,
-    weight_files,
-)
+from invmm.models.parts import ABSENT, SCHEDULERS, pipeline_name, reason_against
+from invmm.models.weights import STEMS, check_loaded, no_weights, weight_files
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 """Pipelines that hold a pixel U-Net."""
@@ -43,8 +35,6 @@ _FOLDERS_ONLY = (
     "from_single_file(...).save_pretrained(FOLDER), or give a LoRA as model.lora"
 )
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_MAX_JSON_BYTES = 1 << 20
-_WEIGHTS = ("diffusion_pytorch_model", "model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +57,9 @@ class ModelFolder:
         """The safetensors files of the network.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are none, or it is not clear which; see `weight_files`.
         """
-        named = re.compile(r"diffusion_pytorch_model\b.*")
-        found = weight_files(self.path, self.unet, variant)
-        files = [file for file in found if named.fullmatch(file.name)]
+        files = weight_files(self.path / self.unet, "diffusers.UNet2DModel", variant)
         if not files:
             raise no_weights(str(self.path), self.path / self.unet, self.unet or None, variant)
         return files
@@ -165,15 +153,14 @@ def load_unet(folder: ModelFolder, *, variant: str | None, dtype: Any) -> Any:
     """The network with every weight in its place, on the CPU.
 
     Raises:
-        ValueError: weights are missing, unexpected, of another shape or not finite.
+        ValueError: it cannot be loaded, or see `check_loaded`.
     """
     from diffusers import UNet2DModel
 
-    folder.weights(variant)
+    files = folder.weights(variant)
     try:
         loaded: Any = UNet2DModel.from_pretrained(
-            str(folder.path),
-            subfolder=folder.unet or None,
+            str(folder.path / folder.unet),  # with subfolder=, weights beside it would come first
             variant=variant,
             torch_dtype=dtype,
             use_safetensors=True,
@@ -187,12 +174,7 @@ def load_unet(folder: ModelFolder, *, variant: str | None, dtype: Any) -> Any:
             f"model.path={folder.path} cannot be loaded ({reason}); export the model again"
         ) from error
     unet, info = loaded
-    if faults := weight_faults(unet, info):
-        raise ValueError(
-            f"model.path={folder.path} does not hold the weights its config.json describes "
-            f"({faults}); export the model again"
-        )
-    refuse_non_finite(unet, f"model.path={folder.path}")
+    check_loaded(unet, info, files, f"model.path={folder.path}")
     return unet
 
 
@@ -248,25 +230,6 @@ def scheduler_json(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "_class_name": "DDIMScheduler" if is_converted else index["scheduler"][1]}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model folder.
-
-    Raises:
-        ValueError: missing, too large, or no JSON object.
-    """
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"{path} is too large for a config file")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; save the model again by save_pretrained") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return content
-
-
 def _download(path: str, revision: str | None, variant: str | None, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -279,11 +242,11 @@ def _download(path: str, revision: str | None, variant: str | None, *, weights: 
     patterns = ["*.json"]
     if weights:
         patterns += ["*/*.txt", "*/*.model"]  # of tokenizers
-        files = [f"{name}.{variant}*" if variant else f"{name}*" for name in _WEIGHTS]
+        files = [f"{name}.{variant}*" if variant else f"{name}*" for name in STEMS.values()]
         patterns += [f"{folder}{file}.safetensors" for folder in ("", "*/") for file in files]
     # Some repositories hold the weights many times over: whole checkpoints, other precisions.
     ignored = ["safety_checker/*.safetensors"]
-    ignored += [] if variant else [f"*{name}.*.safetensors" for name in _WEIGHTS]
+    ignored += [] if variant else [f"*{name}.*.safetensors" for name in STEMS.values()]
     try:
         return Path(
             snapshot_download(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from invmm.models.parts import refuse_non_finite
+from invmm.models.weights import refuse_non_finite
 
 
 def check_lora(path: str) -> None:

@@ -1,14 +1,12 @@
 """The parts of a diffusers pipeline: which ones a family has, and loading them without trust.
 
-diffusers leaves parameters without weights on the meta device and says nothing, transformers draws
-them at random; class names and folders come from a JSON file that anyone can write. All of it is
-checked here, part by part.
+Class names and folders come from a JSON file that anyone can write. They are checked here, part by
+part, and `invmm.models.weights` checks what was loaded.
 """
 
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 
 from invmm.diffusion.scheduler_config import BETA_SCHEDULERS, FLOW_SCHEDULERS, why_refused
+from invmm.models.weights import check_loaded, weight_files
 
 AUTOENCODERS = ("diffusers.VQModel", "diffusers.AutoencoderKL")
 SCHEDULERS = tuple(f"diffusers.{name}" for name in BETA_SCHEDULERS)
@@ -171,13 +170,13 @@ def load_part(folder: Path, name: str, class_name: str, *, variant: str | None, 
         dtype: of the weights.
 
     Raises:
-        ValueError: it cannot be loaded, or weights are missing, unexpected, of another shape or
-            not finite.
+        ValueError: it cannot be loaded, or see `check_loaded`.
     """
     found = part_class(class_name)
     library = class_name.partition(".")[0]
     options: dict[str, Any] = {"local_files_only": True}
     has_weights = issubclass(found, torch.nn.Module)
+    files = weight_files(folder / name, class_name, variant) if has_weights else []
     if has_weights:
         options |= {"variant": variant, "use_safetensors": True, "output_loading_info": True}
         options["torch_dtype" if library == "diffusers" else "dtype"] = dtype
@@ -193,94 +192,5 @@ def load_part(folder: Path, name: str, class_name: str, *, variant: str | None, 
     if not has_weights:
         return loaded
     part, info = loaded
-    if faults := weight_faults(part, info):
-        raise ValueError(
-            f"the {name} of model.path={folder} does not hold the weights its config.json "
-            f"describes ({faults}); export the model again"
-        )
-    refuse_non_finite(part, f"the {name} of model.path={folder}")
+    check_loaded(part, info, files, f"the {name} of model.path={folder}")
     return part
-
-
-def refuse_non_finite(
-    part: torch.nn.Module, owner: str, cure: str = "export the model again"
-) -> None:
-    """Refuses weights that are no numbers: an infinite one can leave finite samples, but others.
-
-    Args:
-        part: with its weights in the precision that it is measured in.
-        owner: whose weights they are, as the error names it.
-        cure: as the error ends.
-
-    Raises:
-        ValueError: a weight or buffer holds NaN or an infinite number.
-    """
-    found = {
-        key: value.dtype
-        for key, value in part.state_dict().items()
-        if value.is_floating_point() and not value.float().isfinite().all()
-    }
-    if not found:
-        return
-    if torch.float16 in found.values():
-        cure = f"float16 ends at 65504: use bfloat16 or float32, or {cure}"
-    dtypes = " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in found.values()}))
-    named = ", ".join(sorted(found)[:3]) + (" ..." if len(found) > 3 else "")
-    raise ValueError(f"{owner} holds NaN or infinite weights in {dtypes} ({named}); {cure}")
-
-
-def weight_faults(part: Any, info: Mapping[str, Any]) -> str:
-    """Weights that are missing, unexpected or of another shape, in one line; "" if none are.
-
-    Args:
-        part: as loaded.
-        info: what `from_pretrained` says of the loading.
-    """
-    faults = [
-        f"{kind.removesuffix('_keys')} {', '.join(sorted(map(str, info[kind]))[:3])}"
-        f"{' ...' if len(info[kind]) > 3 else ''}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info.get(kind)
-    ]
-    faults += [key for key, value in part.named_parameters() if value.is_meta][:3]
-    return "; ".join(faults)
-
-
-_WEIGHT_FILE = re.compile(r"[^.]+?(?:\.([^.]+?))?(?:-\d+-of-\d+)?\.safetensors")
-
-
-def no_weights(path: str, folder: Path, part: str | None, variant: str | None) -> ValueError:
-    """The error for a folder without weights that can be loaded, with the reason and the cure.
-
-    Args:
-        path: of the model, as the user gave it.
-        folder: in which the weights were expected.
-        part: of a pipeline; None for a bare network.
-        variant: that the user asked for, such as fp16.
-    """
-    files = [file.name for file in sorted(folder.glob("*")) if file.is_file()]
-    found = {match.group(1) for name in files if (match := _WEIGHT_FILE.fullmatch(name))}
-    others = [name for name in files if Path(name).suffix in (".bin", ".pt", ".ckpt", ".msgpack")]
-    wanted = f" of variant {variant}" if variant else ""
-    if None in found:
-        cure = "give model.variant=null"
-    elif found:
-        cure = f"give model.variant={min(map(str, found))}"
-    elif others:
-        cure = f"{', '.join(others[:3])} is a pickle and is never loaded; save with safetensors"
-    elif not folder.is_dir():
-        cure = "the folder is missing; save the whole model by save_pretrained"
-    else:
-        cure = "save the model with safetensors"
-    if found:
-        has = [f"variant {one}" if one else "no variant" for one in sorted(found, key=str)]
-        cure = f"its files are of {', '.join(has)}; {cure}, the same for all parts"
-    named = f"the {part} of model.path={path}" if part else f"model.path={path}"
-    return ValueError(f"{named} has no safetensors files{wanted} in {folder}: {cure}")
-
-
-def weight_files(folder: Path, name: str, variant: str | None) -> list[Path]:
-    """The safetensors files of a part; empty for one without weights."""
-    of_variant = rf"\.{re.escape(variant)}" if variant else ""
-    named = re.compile(rf"[^.]+?{of_variant}(-\d+-of-\d+)?\.safetensors")
-    return sorted(f for f in (folder / name).glob("*.safetensors") if named.fullmatch(f.name))

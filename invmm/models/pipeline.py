@@ -19,12 +19,14 @@ from invmm.models.codec import Posterior, latent_scale
 from invmm.models.components import Parts
 from invmm.models.cost import CallCost, call_cost, peak_bytes, weight_bytes
 from invmm.models.execution import Execution
+from invmm.models.json_files import read_json
 from invmm.models.latent import Dit, LatentDiffusion, LatentNetwork
-from invmm.models.loading import fetched, read_json, scheduler_json
+from invmm.models.loading import fetched, scheduler_json
 from invmm.models.lora import add_lora, check_lora
-from invmm.models.parts import load_part, no_weights, part_class, pipeline_name, weight_files
+from invmm.models.parts import load_part, part_class, pipeline_name
 from invmm.models.stable_diffusion import StableDiffusion, StableDiffusion3, StableDiffusionXL
 from invmm.models.trial import as_a_fault, check_shape, try_out
+from invmm.models.weights import no_weights, weight_files
 
 _CLIP_TOKENS = 77
 _RENAMED = ["DiTTransformer2DModel", "Transformer2DModel"]
@@ -226,8 +228,8 @@ class LatentPipeline:
 
     def _weights(self, folder: PipelineFolder) -> dict[str, list[Path]]:
         return {
-            name: weight_files(folder.path, name, self.variant)
-            for name in folder.classes
+            name: weight_files(folder.path / name, found, self.variant)
+            for name, found in folder.classes.items()
             if name != "scheduler" and not name.startswith("tokenizer")
         }
 

@@ -24,8 +24,8 @@ from invmm.engine.prompt import PromptTokens
 from invmm.engine.protocols import Measurement, Setting, Target
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
+from invmm.models.json_files import read_json
 from invmm.models.known import known_architecture
-from invmm.models.loading import read_json
 from invmm.replication.replication import Replication
 
 PRESETS = {

@@ -115,6 +115,7 @@ LISTED = {
     "widths as text": (put(UNET, block_out_channels="x"), "block_out_channels=x in its config"),
     "timesteps as text": (put(SCHEDULER, num_train_timesteps="1000"),
                           "num_train_timesteps='1000'"),
+    "weights twice": (write(f"{WEIGHTS}.index.json", b"{}"), "it is open which of them"),
     "pickle only": (pickle_only, r"\.bin is a pickle and is never loaded; save with safe"),
 }  # fmt: skip
 """Faults that the JSON files and the list of files show, before any weight is read."""
@@ -182,6 +183,16 @@ def test_a_repository_with_its_parts_side_by_side_loads(folder):
         recipe.load(CPU).predict(latents, timesteps, None),
         expected.predict(latents, timesteps, None),
     )
+
+
+def test_weights_beside_the_network_are_not_loaded_in_its_place(folder):
+    """As diffusers would with subfolder=."""
+    torch.save({}, folder / "diffusion_pytorch_model.bin")
+    weights = load_file(folder / WEIGHTS)
+    other = {name: value + 1 for name, value in weights.items()}
+    save_file(other, folder / "diffusion_pytorch_model.safetensors")
+    own = PixelUNet(path=str(folder)).load(CPU).denoiser.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in weights.items())
 
 
 @pytest.mark.parametrize("path", ["not/a/folder", "../nowhere", "nowhere", "https://x.org/y"])
