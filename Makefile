@@ -22,10 +22,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## train a small model with planted copies and find what it memorized (a quarter of an hour)
 	bash experiments/demo/run.sh
 
-test: $(READY)  ## the quick tests (some twelve minutes on two cores)
+test: $(READY)  ## the quick tests (eight minutes on two cores)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
-test-all: $(READY)  ## all tests, killed and distributed runs included (twenty minutes)
+test-all: $(READY)  ## all tests, killed and distributed runs included (sixteen minutes)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu"
 
 test-gpu: $(READY)  ## tests that need a GPU (three minutes); lists what was skipped

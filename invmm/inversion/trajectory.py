@@ -82,7 +82,8 @@ class Trajectory:
         num_confirmations: how many distributions may be tried by `replication.num_confirm` fresh
             samples each, those nearest to the prior first; the search goes on after a step whose
             distributions all failed. The intervals are widened for so many looks (Bonferroni).
-        confirmed_rate: share of the fresh samples that must replicate.
+        confirmed_rate: share of the fresh samples that must replicate at one of these looks. The
+            true rate may be lower: 58 of 64 at the best of four looks take one of 0.77 or more (95 %).
         confidence: of the rate's interval and the certificate, over all looks.
         check_prior: check the untouched prior first, so that an image which the model returns
             anyway scores 0.

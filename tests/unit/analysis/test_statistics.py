@@ -94,7 +94,7 @@ def test_an_image_that_is_like_no_other_is_its_own_group():
     assert near_duplicate_groups(frame).tolist() == ["b", "c", "b"]
 
 
-# Bootstrap ----------------------------------------------------------------------------------------
+# Intervals ----------------------------------------------------------------------------------------
 
 
 def test_the_median_of_six_lies_between_the_outermost():
