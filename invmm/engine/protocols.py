@@ -12,7 +12,7 @@ from torch import Tensor
 from invmm.diffusion.guidance import Condition, repeated
 from invmm.diffusion.sampling import Sampler
 from invmm.diffusion.schedule import NoiseSchedule
-from invmm.engine.criterion import ReplicationCriterion
+from invmm.engine.criterion import Passing, ReplicationCriterion
 from invmm.engine.finiteness import Stage, check_finite
 from invmm.engine.outcomes import CostRange, Outcome
 from invmm.engine.prompt import PromptTokens
@@ -136,4 +136,19 @@ class Measurement(Protocol):
 
     def cost(self, sampler: Sampler, criterion: ReplicationCriterion) -> CostRange:
         """Network evaluations of an image that uses up its whole budget."""
+        ...
+
+
+@runtime_checkable
+class Searching(Measurement, Protocol):
+    """A measurement that searches for a noise distribution and saves it, to be verified."""
+
+    def passing(self, criterion: ReplicationCriterion, num_scales: int, steps: int) -> Passing:
+        """What an image had to pass to be REPLICATED.
+
+        Args:
+            criterion: of the run.
+            num_scales: guidance scales that each check tries.
+            steps: after which the search ended.
+        """
         ...

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
 from invmm.diffusion.sampling import Sampler
-from invmm.engine.criterion import ReplicationCriterion
+from invmm.engine.criterion import Passing, ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Outcome, Status
-from invmm.engine.protocols import Measurement, Setting, Target
+from invmm.engine.protocols import Measurement, Searching, Setting, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,11 @@ class Repeated:
     def cost(self, sampler: Sampler, criterion: ReplicationCriterion) -> CostRange:
         """See `Measurement`."""
         return self.measurement.cost(sampler, criterion) * self.repeats
+
+    def passing(self, criterion: ReplicationCriterion, num_scales: int, steps: int) -> Passing:
+        """See `Searching`: one of the checks of any repeat."""
+        one = cast(Searching, self.measurement).passing(criterion, num_scales, steps)
+        return replace(one, looks=one.looks * self.repeats)
 
 
 def median(outcomes: list[Outcome]) -> Outcome:

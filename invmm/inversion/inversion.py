@@ -14,11 +14,11 @@ from annotated_types import Ge, Gt
 
 from invmm.diffusion.sampling import Sampler
 from invmm.engine.check import check_replication, starting_with
-from invmm.engine.criterion import ReplicationCriterion
+from invmm.engine.criterion import Passing, ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Evaluations, NonFiniteError, Outcome
 from invmm.engine.protocols import Setting, Target
 from invmm.engine.requests import Minimise
-from invmm.inversion.confirmation import Confirmation, confirm
+from invmm.inversion.confirmation import CONFIDENCE, Confirmation, confirm
 from invmm.inversion.controllers import KLWeightController
 from invmm.inversion.noise import GaussianNoise
 from invmm.inversion.objectives import Objective
@@ -125,6 +125,18 @@ class Inversion:
         count = criterion.num_samples
         return CostRange(
             fewest=with_samples(1 if criterion.early_exit else count), most=with_samples(count)
+        )
+
+    def passing(self, criterion: ReplicationCriterion, num_scales: int, steps: int) -> Passing:
+        """See `Searching`: all samples of one of the checks at any guidance scale."""
+        checks = sum(map(self._checks_at, range(min(steps, self.num_steps) + 1)))
+        count = criterion.num_samples
+        return Passing(
+            count=count,
+            num_samples=count,
+            looks=checks * num_scales,
+            confidence=CONFIDENCE,
+            is_recorded=criterion.num_confirm == 0,
         )
 
     def _checks_at(self, step: int) -> bool:

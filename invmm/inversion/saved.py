@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
     from invmm.inversion.noise import GaussianNoise
 
-CHECKS = "curve/similarity_step"
-"""Of a record's arrays: one value a check."""
-
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
     """The manifest of a run.
@@ -53,7 +50,7 @@ def load_record(path: Path) -> dict[str, Any] | None:
 
 
 def saved_tensors(folder: Path, latent_shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """The distribution that was found, and the steps at which it was checked.
+    """The arrays of a record, the distribution that was found among them.
 
     Args:
         folder: of the record.
@@ -70,7 +67,7 @@ def saved_tensors(folder: Path, latent_shape: tuple[int, ...]) -> dict[str, Tens
     except (OSError, SafetensorError) as error:
         fault = "missing" if isinstance(error, FileNotFoundError) else f"damaged: {error}"
         raise ValueError(f"its {path.name} is {fault}") from error
-    for name in ("mean", "log_variance", CHECKS):
+    for name in ("mean", "log_variance"):
         if name not in tensors:
             raise ValueError(f"its {path.name} has no {name}")
     for name in ("mean", "log_variance"):

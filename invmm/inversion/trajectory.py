@@ -23,7 +23,7 @@ from torch import Tensor
 from invmm.diffusion.sampling import Sampler
 from invmm.diffusion.schedule import NoiseSchedule
 from invmm.engine.check import Check, check_replication, deciding_failures, starting_with
-from invmm.engine.criterion import ReplicationCriterion
+from invmm.engine.criterion import Passing, ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Evaluations, NonFiniteError, Outcome
 from invmm.engine.protocols import Setting, Target
 from invmm.engine.requests import Minimise, Sample
@@ -83,7 +83,7 @@ class Trajectory:
             samples each, those nearest to the prior first; the search goes on after a step whose
             distributions all failed. The intervals are widened for so many looks (Bonferroni).
         confirmed_rate: share of the fresh samples that must replicate at one of these looks. The
-            true rate may be lower: 58 of 64 at the best of four looks take one of 0.77 or more (95 %).
+            true rate may be lower: 58 of 64 at the best of four looks take 0.77 or more (95 %).
         confidence: of the rate's interval and the certificate, over all looks.
         check_prior: check the untouched prior first, so that an image which the model returns
             anyway scores 0.
@@ -230,6 +230,22 @@ class Trajectory:
             most=with_scale(max(by_scale), self.num_check, self.num_confirmations),
         )
 
+    def passing(self, criterion: ReplicationCriterion, num_scales: int, steps: int) -> Passing:
+        """See `Searching`: a share of the fresh samples at one of the looks."""
+        count = criterion.num_confirm
+        return Passing(
+            count=count + 1 - deciding_failures(count, self.confirmed_rate),
+            num_samples=count,
+            looks=self.num_confirmations,
+            confidence=self._confidence,
+            is_recorded=True,
+        )
+
+    @property
+    def _confidence(self) -> float:
+        """Of one look, so that all of them together have the whole (Bonferroni)."""
+        return 1 - (1 - self.confidence) / self.num_confirmations
+
     def _checks_at(self, step: int) -> bool:
         return step % self.check_every == 0 if step else self.check_prior
 
@@ -312,7 +328,7 @@ class Trajectory:
             num_samples=setting.criterion.num_confirm,
             guidance_scale=guidance_scale,
             basis=self.basis,
-            confidence=1 - (1 - self.confidence) / self.num_confirmations,
+            confidence=self._confidence,
         )
         return Look(noise=noise, found=found, is_confirmed=found.rate >= self.confirmed_rate)
 

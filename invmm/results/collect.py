@@ -78,6 +78,27 @@ def collect(run_dir: Path) -> pd.DataFrame:
     return frame
 
 
+def table_faults(run_dir: Path) -> list[str]:
+    """The tables of a run that are not those of its records, one line each; missing ones are."""
+    import pandas as pd
+
+    expected = score_table([run_dir]).drop(columns="run").to_csv(index=False).encode()
+    readers = {
+        "scores.csv": Path.read_bytes,
+        "scores.parquet": lambda path: pd.read_parquet(path).to_csv(index=False).encode(),
+    }
+    faults = []
+    for name, read in readers.items():
+        path = run_dir / name
+        try:
+            is_current = not path.exists() or (path.is_file() and read(path) == expected)
+        except (OSError, ValueError):  # pyarrow's errors are among them
+            is_current = False
+        if not is_current:
+            faults.append(f"{name} is not the table of the records; invmm-collect makes it anew")
+    return faults
+
+
 def has_shared_bank(run_dir: Path) -> bool:
     """Whether the images of a run were compared with the same free samples."""
     return (run_dir / "free_samples").is_dir()

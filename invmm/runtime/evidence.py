@@ -19,6 +19,8 @@ from invmm.runtime.plan import MeasureRun
 
 SEARCHED = frozenset({Status.REPLICATED, Status.NOT_REPLICATED, Status.DIVERGED, Status.FAILED})
 """How a search for a noise distribution can end."""
+DRAWN_FROM = frozenset({Status.REPLICATED, Status.NOT_REPLICATED})
+"""How one ends that saves the distribution."""
 
 
 def chosen_records(run_dir: Path, image_ids: Sequence[str]) -> list[dict[str, Any]]:
@@ -59,7 +61,8 @@ def checked_network(
     """
     inputs = manifest["inputs"]
     was_in_memory = "_target_" not in manifest["config"]["model"]
-    changed = differences(inputs["similarity"], run.replication.similarity.identity(), "similarity")
+    similarity = {**run.replication.similarity.identity(), "name": inputs["similarity"].get("name")}
+    changed = differences(inputs["similarity"], similarity, "similarity")
     if not was_in_memory:
         changed += differences(inputs["model"], run.model.fingerprint(), "model")
     _refuse(run.run_dir, changed)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,29 +15,33 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from invmm.data.dataset import ImageDataset, ImageEntry, ImageError, LoadedImage
+from invmm.data.dataset import ImageEntry, ImageError, LoadedImage
 from invmm.data.images import load_image, read_bytes
 from invmm.data.manifest import list_digest
 from invmm.diffusion.guidance import Condition
 from invmm.engine.engine import Engine
 from invmm.engine.outcomes import Outcome, Status
-from invmm.engine.protocols import Setting, Target
+from invmm.engine.protocols import Searching, Setting, Target
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
 from invmm.exits import Exit
 from invmm.files import record_key, write_atomically
-from invmm.inversion.confirmation import confirm
-from invmm.inversion.saved import CHECKS, saved_noise, saved_tensors
+from invmm.inversion.confirmation import Confirmation, confirm
+from invmm.inversion.saved import check_picture, saved_noise, saved_tensors
 from invmm.models.execution import LoadedNetwork
-from invmm.results.records import damaged_records
+from invmm.results.collect import table_faults
+from invmm.results.records import SCHEMA_VERSION as SCHEMA
+from invmm.results.records import damaged_records, read_records
 from invmm.results.seal import seal_faults
 from invmm.runtime.conditions import Conditions
-from invmm.runtime.evidence import checked_network, chosen_records
+from invmm.runtime.evidence import DRAWN_FROM, checked_network, chosen_records
 from invmm.runtime.findings import Finding, table
 from invmm.runtime.plan import MeasureRun
-from invmm.runtime.verdict import Claim, Verdict
+from invmm.runtime.verdict import Claim, Rules, Verdict, unfound
 from invmm.runtime.worker import image_generator
 
+_BRIEFLY = 16
+"""Fresh samples of a distribution that the search did not call a replica."""
 _PACKAGES = ("invmm", "torch", "diffusers", "onnxruntime", "pillow")
 
 
@@ -45,10 +50,12 @@ class Verification:
     """What is to be verified, and how.
 
     Attributes:
-        run: the recipes of the run, its model wherever it is now.
+        run: the recipes of the run, with a model and a similarity network that the verifier trusts.
         manifest: of the run.
         image_ids: only these; all if empty.
-        num_samples: fresh ones for each image.
+        rules: what is asked of the run.
+        num_samples: fresh ones for each image; None takes as many as the rules need.
+        has_images: the data set of the run is the verifier's own.
         seed: of the fresh samples. Their randomness is never that of the run, whatever its seed.
         device: of the network.
         command: for the report.
@@ -58,7 +65,9 @@ class Verification:
     run: MeasureRun
     manifest: Mapping[str, Any]
     image_ids: Sequence[str]
-    num_samples: int
+    rules: Rules
+    num_samples: int | None
+    has_images: bool
     seed: int
     device: torch.device
     command: str
@@ -69,39 +78,54 @@ def verify(task: Verification) -> int:
     """Verifies, prints a table and writes verification.json into the folder of the run.
 
     Returns:
-        The exit code: 0 every record holds, or has no score that could; 1 some record does not
-        hold, or the files are not those of the root hash; 4 some cannot be verified, and all others
-        hold.
+        The exit code: 0 the files are those of the root hash, and every record holds or has no
+        score that could; 1 some record does not hold, or files were altered; 4 some cannot be
+        verified or there is no root hash to compare with, and all others hold.
 
     Raises:
         ValueError: nothing can be verified: no such image, records of a measurement that saves no
-            distribution, or another model or similarity network than that of the run.
+            distribution, another model or similarity network than that of the run, or a run that
+            asked for less than the rules do.
     """
     run_dir = task.run.run_dir
     records = chosen_records(run_dir, task.image_ids)
+    searching, criterion = task.run.measurement, task.run.replication
+    if not isinstance(searching, Searching):
+        raise ValueError(f"{run_dir} is of a measurement that leaves no distributions")
+    scales = len(task.run.sampler.guidance_scales)
+    task.rules.refuse(searching.passing(criterion, scales, sys.maxsize), criterion.threshold)
     network = checked_network(task.run, task.manifest, task.device)
-    findings = Verifier(task, network).findings(records)
+    verifier = Verifier(task, searching, network)
+    findings = verifier.findings(records)
     if not task.image_ids:
         findings += [_unreadable(path) for path in damaged_records(run_dir)]
-    faults = seal_faults(run_dir, task.manifest, task.root_hash) if task.root_hash else []
+        findings += verifier.without_record(records)
+    faults = seal_faults(run_dir, task.manifest, task.root_hash) + table_faults(run_dir)
     report = {
         "command": task.command,
         "root_hash": task.root_hash,
+        "rules": asdict(task.rules),
         "faults": faults,
         "seed": task.seed,
-        "num_samples": task.num_samples,
+        "num_samples": verifier.num_samples,
         "device": str(task.device),
         "config_digest": task.manifest["config_digest"],
         "versions": {package: version(package) for package in _PACKAGES},
         "images": [finding.as_dict() for finding in findings],
     }
+    print(table(findings), *_claimed(task, findings), *faults, sep="\n")
+    print(_sealed(task.root_hash, faults))
     path = run_dir / "verification.json"
-    write_atomically(path, json.dumps(report, indent=1, allow_nan=False).encode())
-    print(table(findings), *(faults or [_sealed(task.root_hash)]), f"written: {path}", sep="\n")
+    try:
+        write_atomically(path, json.dumps(report, indent=1, allow_nan=False).encode())
+        print(f"written: {path}")
+    except OSError as error:
+        print(f"not written: {path}: {error.strerror or error}")
     verdicts = {finding.verdict for finding in findings}
     if faults or Verdict.FAILS in verdicts:
         return Exit.DOES_NOT_HOLD
-    return Exit.UNDECIDED if Verdict.UNVERIFIED in verdicts else Exit.DONE
+    is_whole = task.root_hash is not None and Verdict.UNVERIFIED not in verdicts
+    return Exit.DONE if is_whole else Exit.UNDECIDED
 
 
 class Verifier:
@@ -109,12 +133,13 @@ class Verifier:
 
     Args:
         task: what to verify.
+        searching: the measurement of the run.
         network: the model of the run.
     """
 
-    def __init__(self, task: Verification, network: LoadedNetwork) -> None:
+    def __init__(self, task: Verification, searching: Searching, network: LoadedNetwork) -> None:
         run = task.run
-        self.task, self.run = task, run
+        self.task, self.run, self.searching = task, run, searching
         self.network = run.execution.prepare(network)
         self.similarity = run.replication.similarity.load(task.device)
         self.setting = Setting(
@@ -122,31 +147,65 @@ class Verifier:
         )
         self.conditions = Conditions(self.network, run.prompt)
         self.image_size = run.model.describe().image_size
-        self.dataset = self._dataset()
-        entries = self.dataset.entries if self.dataset else ()
+        self.dataset = run.dataset.open(self.image_size)
+        entries = self.dataset.entries
         self.entries = {record_key(entry.image_id): entry for entry in entries}
         self.is_same_list = list_digest(entries) == task.manifest["inputs"]["dataset"]
+        num_records = len(read_records(run.run_dir))
+        self.alpha = task.rules.alpha(num_records)
+        self.num_samples = task.num_samples or task.rules.fresh_samples(num_records)
         self._judged: dict[str, Finding] = {}
 
     def findings(self, records: Sequence[Mapping[str, Any]]) -> list[Finding]:
         """One for each record, in their order."""
-        scored = [record for record in records if record["status"] == Status.REPLICATED]
+        searched = [record for record in records if record["status"] in DRAWN_FROM]
         engine = Engine(self.network, self.similarity, self._settings())
         jobs = (
-            Job(record["folder"], lambda record=record: self._start(record)) for record in scored
+            Job(record["folder"], lambda record=record: self._start(record)) for record in searched
         )
-        ended = tqdm(engine.run(jobs), total=len(scored), unit="image", disable=None)
+        ended = tqdm(engine.run(jobs), total=len(searched), unit="image", disable=None)
         errors = {job.key: outcome.error for job, outcome in ended}
         return [self._finding(record, errors) for record in records]
 
+    def without_record(self, records: Sequence[Mapping[str, Any]]) -> list[Finding]:
+        """One for each image of the verifier's own that the run should have measured."""
+        if not self.task.has_images:
+            return []
+        known = {record["folder"] for record in records}
+        return [
+            Finding(
+                record={"image_id": entry.image_id},
+                verdict=Verdict.UNVERIFIED,
+                reasons=["the run has no record of this image"],
+            )
+            for key, entry in self.entries.items()
+            if key not in known
+        ]
+
     def _finding(self, record: Mapping[str, Any], errors: Mapping[str, str | None]) -> Finding:
         key = record["folder"]
-        if key not in errors:
-            return Finding(record=record, verdict=Verdict.NO_SCORE)
-        if error := errors[key]:
-            reason = re.sub(r"^(Value|Image)Error: ", "", error)
+        if faults := self._misplaced(record):
+            return Finding(record=record, verdict=Verdict.FAILS, reasons=faults)
+        if errors.get(key) and record["status"] == Status.REPLICATED:
+            reason = re.sub(r"^(Value|Image)Error: ", "", errors[key] or "")
             return Finding(record=record, verdict=Verdict.UNVERIFIED, reasons=[reason])
-        return self._judged[key]
+        return self._judged.get(key, Finding(record=record, verdict=Verdict.NO_SCORE))
+
+    def _misplaced(self, record: Mapping[str, Any]) -> list[str]:
+        """What a record says of itself and its image that is known to be otherwise."""
+        key, faults = record["folder"], []
+        if key != record_key(record["image_id"]):
+            faults.append(f"its folder is {key}, that of {record['image_id']} another one")
+        for name, known in (("seed", self.task.manifest.get("seed")), ("schema_version", SCHEMA)):
+            if record.get(name) != known:
+                faults.append(f"its {name} is {record.get(name)}, that of the run {known}")
+        entry = self.entries.get(key)
+        if entry is not None and self.task.has_images:
+            for name in ("caption", "split", "copies"):
+                here = getattr(entry, name)
+                if here is not None and record.get(name) != here:
+                    faults.append(f"its {name} is {record.get(name)!r}, and {here!r} here")
+        return faults
 
     def _start(self, record: Mapping[str, Any]) -> Coroutine[Any, Any, Outcome]:
         """Reads what was found and prepares the image.
@@ -156,8 +215,12 @@ class Verifier:
         """
         tensors = saved_tensors(self._place(record), self.network.latent_shape)
         criterion, scales = self.setting.criterion, self.setting.sampler.guidance_scales
-        looks = len(tensors[CHECKS]) * len(scales)
-        claim = Claim.of(record, num_samples=criterion.num_samples, looks=looks)
+        steps = record["steps"]
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            raise ValueError(f"its steps are {str(steps)[:30]}, no number of steps")
+        passing = self.searching.passing(criterion, len(scales), steps)
+        is_found = record["status"] == Status.REPLICATED
+        claim = Claim.of(record, passing, criterion.num_confirm) if is_found else None
         scale = record["columns"].get("guidance_scale")
         if scale not in scales:
             raise ValueError(f"its guidance_scale={scale} is none of the run's {list(scales)}")
@@ -175,22 +238,32 @@ class Verifier:
         target.check_finite()
         noise = saved_noise(tensors, self.network.device)
 
-        async def judged() -> Outcome:
-            fresh = await confirm(
+        async def drawn(num_samples: int) -> Confirmation:
+            return await confirm(
                 noise,
                 target,
                 self.setting,
                 # Of a name that no image has, so that no seed gives the numbers of the run.
                 image_generator(self.task.seed, f"verification of {entry.image_id}"),
-                num_samples=self.task.num_samples,
+                num_samples=num_samples,
                 guidance_scale=scale,
                 basis=record["columns"].get("basis", "pixel"),
             )
-            faults = claim.faults(fresh, noise.mean.numel())
+
+        async def judged() -> Outcome:
+            # What was not found is looked at briefly; hardly any of it replicates.
+            fresh = await drawn(self.num_samples if claim else _BRIEFLY)
+            if claim is None and fresh.rate >= passing.rate / 2:
+                fresh = await drawn(self.num_samples)
+            if claim is None:
+                verdict, reasons = unfound(fresh, passing)
+            else:
+                reasons = claim.faults(fresh, noise.mean.numel(), passing, self.alpha)
+                verdict = Verdict.FAILS if reasons else Verdict.HOLDS
             self._judged[record["folder"]] = Finding(
                 record=record,
-                verdict=Verdict.FAILS if faults else Verdict.HOLDS,
-                reasons=faults,
+                verdict=verdict,
+                reasons=reasons,
                 claim=claim,
                 fresh=fresh,
                 pixels_from=pixels_from,
@@ -217,7 +290,9 @@ class Verifier:
         if prompt.kind == "class_label" and prompt.label is None and not self.is_same_list:
             raise ImageError("the data set is another one, and records do not hold its labels")
         entry = self.entries.get(key)
-        if self.dataset is None or entry is None:
+        if entry is None and self.task.has_images:
+            raise ImageError("it is none of the images here")
+        if entry is None:
             content = read_bytes(self._place(record) / "target.png")
             entry = ImageEntry(
                 image_id=record["image_id"], path=record["path"], caption=record["caption"]
@@ -228,6 +303,7 @@ class Verifier:
             raise ImageError(
                 f"its image had the SHA-256 {record['sha256']} and has {loaded.sha256}"
             )
+        check_picture(self._place(record), loaded.pixels)
         if prompt.kind in ("caption", "learned") and entry.caption != record["caption"]:
             raise ImageError(f"its caption was {record['caption']!r} and is {entry.caption!r}")
         return entry, loaded, "data set"
@@ -235,26 +311,36 @@ class Verifier:
     def _place(self, record: Mapping[str, Any]) -> Path:
         return self.run.run_dir / "records" / record["folder"]
 
-    def _dataset(self) -> ImageDataset | None:
-        try:
-            return self.run.dataset.open(self.image_size)
-        except ValueError as error:
-            print(f"the data set cannot be opened: {error}")
-            return None
-
     def _settings(self) -> EngineSettings:
         """Those of the run, without the row counts that it measured on its own device."""
         given = self.run.engine
         return replace(given, **{name: getattr(EngineSettings(), name) for name in given.open})
 
 
-def _sealed(root_hash: str | None) -> str:
-    if root_hash:
-        return f"files: those of the run with the root hash {root_hash}"
-    return (
-        "files: not verified that none is missing and none another's; give --expect ROOT_HASH, "
-        "which the run printed"
+def _claimed(task: Verification, findings: Sequence[Finding]) -> list[str]:
+    """What nothing here vouches for, one line a kind."""
+    lines = []
+    if unscored := sum(finding.verdict is Verdict.NO_SCORE for finding in findings):
+        lines.append(
+            f"claimed, not verified: that the search found nothing for {unscored} of the images"
+        )
+    of_images = "" if task.has_images else "; the pictures, captions, splits and copies of images"
+    lines.append(
+        "claimed, not verified: the steps and similarities of the searches, seconds, hardware, git "
+        f"and versions{of_images}"
     )
+    return lines
+
+
+def _sealed(root_hash: str | None, faults: Sequence[str]) -> str:
+    if root_hash is None:
+        return (
+            "files: not verified that none is missing and none another's; give --expect ROOT_HASH, "
+            "which the run printed"
+        )
+    if faults:
+        return f"files: not those of the run with the root hash {root_hash}"
+    return f"files: those of the run with the root hash {root_hash}"
 
 
 def _unreadable(path: Path) -> Finding:

@@ -22,6 +22,7 @@ from invmm.data.dataset import LoadedImage
 from invmm.data.images import load_image, to_pixels
 from invmm.engine.outcomes import Outcome, Status
 from invmm.inversion.frequency import to_frequencies
+from invmm.probability.certificate import clopper_pearson, log_p_certified, lower_rate
 from invmm.results.records import read_records
 from invmm.results.run_folder import RunFolder
 from invmm.results.seal import contents, root_hash
@@ -35,12 +36,17 @@ def run(finished, tmp_path):
     return shutil.copytree(finished[0], tmp_path / "copied")
 
 
+ACCEPTED = ("--min-threshold", "0.05", "--min-samples", "3")
+"""What the tiny runs are judged by."""
+
+
 @pytest.fixture
-def verified(run, monkeypatch, capsys):
+def verified(run, model, monkeypatch, capsys):
     """Runs the command on a folder; (exit code, output, verification.json by image id)."""
 
-    def verified(*arguments: object, folder: Path = run):
-        monkeypatch.setattr(sys, "argv", ["invmm-verify", str(folder), *map(str, arguments)])
+    def verified(*arguments: object, folder: Path = run, own: Path | None = model):
+        given = [str(folder), *ACCEPTED, *(["--model", str(own)] if own else [])]
+        monkeypatch.setattr(sys, "argv", ["invmm-verify", *given, *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             verify.main()
         captured = capsys.readouterr()
@@ -50,6 +56,11 @@ def verified(run, monkeypatch, capsys):
         return ended.value.code, captured.out + captured.err, by_id
 
     return verified
+
+
+def sealed(run: Path) -> tuple[str, str]:
+    """The option with the root hash that a run lists now."""
+    return "--expect", json.loads((run / "manifest.json").read_bytes())["root_hash"]
 
 
 def replicated(run: Path) -> dict:
@@ -68,14 +79,14 @@ def tamper_arrays(run: Path, record: dict, change) -> None:
     save_file(arrays, path)
 
 
-def test_a_run_holds_and_says_so(run, verified):
+def test_a_run_holds_and_says_so(run, images, verified):
     before = tiny.records(run)
-    code, output, images = verified()
+    code, output, found = verified("--images", images, *sealed(run))
     assert code == 0, output
     assert tiny.records(run) == before
     table = {record["image_id"]: record for record in read_records(run)}
-    assert images.keys() == table.keys()
-    for image_id, image in images.items():
+    assert found.keys() == table.keys()
+    for image_id, image in found.items():
         if table[image_id]["status"] != "REPLICATED":
             assert image["verdict"] == "NO_SCORE"
             continue
@@ -86,6 +97,19 @@ def test_a_run_holds_and_says_so(run, verified):
         assert len(similarities) == 64
         assert (similarities >= 0.05).sum() == image["fresh"]["confirm_passed"]
         assert f"{image['fresh']['confirm_passed']} of 64" in output
+    assert "claimed, not verified: that the search found nothing for 5 of the images" in output
+    assert "captions" not in output
+    # Without the images their pictures and captions are claims, without the root hash the list.
+    code, output, found = verified(*sealed(run))
+    assert code == 0
+    assert "the pictures, captions, splits and copies of images" in output
+    assert {image["pixels_from"] for image in found.values()} == {None, "target.png"}
+    code, output, _ = verified("--images", images)
+    assert code == 4
+    assert "not verified that none is missing" in output
+    code, output, _ = verified(own=None)
+    assert code == 2
+    assert "which only the folder names; give --model FOLDER" in output
 
 
 def test_repeats_end_as_a_median_that_holds(model, images, verified, tmp_path):
@@ -108,7 +132,7 @@ def test_repeats_end_as_a_median_that_holds(model, images, verified, tmp_path):
             assert low <= record["score"] <= high
     ranges = [(record["columns"]["score_low"], record["columns"]["score_high"]) for record in found]
     assert any(low < high for low, high in ranges), ranges
-    code, output, _ = verified(folder=folders[0])
+    code, output, _ = verified("--min-threshold", -0.1, *sealed(folders[0]), folder=folders[0])
     assert code == 0, output
 
 
@@ -182,9 +206,6 @@ def test_the_files_of_a_run_have_its_root_hash(finished, run, model, images, ver
     code, output, _ = verified("--expect", root)
     assert code == 0, output
     assert f"files: those of the run with the root hash {root}" in output
-    code, output, _ = verified()
-    assert code == 0
-    assert "not verified that none is missing" in output
     (run / "config.json").write_text((run / "config.json").read_text().replace("0.05", "0.04"))
     code, output, _ = verified()
     assert code == 2
@@ -216,8 +237,9 @@ def test_a_tampered_distribution(run, verified):
     assert code == 1
     # Its KL is that of the one that was found, but what is drawn from it is no replica.
     [reason] = images[record["image_id"]]["reasons"]
-    assert " of 64 takes a rate of at least" in reason
-    assert "0 of 64 fresh ones" in reason
+    assert reason.startswith(
+        "0 of 64 fresh samples replicate; a search that asks for 3 of 3 at one"
+    )
     tamper_arrays(run, record, lambda arrays: arrays["mean"].mul_(1.01))
     code, output, images = verified(record["image_id"])
     assert code == 1
@@ -239,15 +261,14 @@ def test_a_tampered_number(name, run, verified):
 
 def test_another_model_is_refused_and_the_moved_one_is_not(run, model, verified, tmp_path):
     other = tiny.save_model(tmp_path / "other", seed=1)
-    code, output, images = verified("--model", other)
+    code, output, images = verified(own=other)
     assert (code, images) == (2, {})
     assert "was measured with other inputs (model.unet/diffusion_pytorch_model" in output
-    code, output, _ = verified("--model", tmp_path / "nowhere")
+    code, output, _ = verified(own=tmp_path / "nowhere")
     assert code == 2
     assert "no folder here" in output
-    assert "--model FOLDER says where the model is now" in output
     moved = shutil.copytree(model, tmp_path / "moved")
-    assert verified("--model", moved)[0] == 0
+    assert verified(*sealed(run), own=moved)[0] == 0
 
 
 def test_another_image_is_not_taken_for_it(finished, model, images, verified, tmp_path):
@@ -256,25 +277,26 @@ def test_another_image_is_not_taken_for_it(finished, model, images, verified, tm
     assert tiny.invmm(tiny.command(model, copied, run_dir)).returncode == 0
     record = replicated(run_dir)
     Image.new("RGB", (8, 8), "red").save(copied / record["image_id"])
-    code, output, found = verified(folder=run_dir)
+    code, output, found = verified("--images", copied, folder=run_dir)
     assert code == 4
     assert f"had the SHA-256 {record['sha256']} and has" in output
     assert found[record["image_id"]]["verdict"] == "UNVERIFIED"
     # A record that can be checked and does not hold weighs more than one that cannot be.
     others = [r for r in read_records(run_dir) if r["status"] == "REPLICATED"]
     tamper(run_dir, others[-1], score=9.0)
-    assert verified(folder=run_dir)[0] == 1
-    # Without the data set the record's own picture stands in.
-    (copied / record["image_id"]).unlink()
-    code, output, found = verified(record["image_id"], folder=run_dir)
-    assert code == 0, output
-    assert "not in the data set here: 1" in output
+    assert verified("--images", copied, folder=run_dir)[0] == 1
+    # An image that is not there cannot be verified, nor one that the run should have measured.
+    (copied / record["image_id"]).rename(copied / "new.png")
+    code, output, found = verified("--images", copied, folder=run_dir)
+    assert "it is none of the images here" in output
+    assert found["new.png"]["reasons"] == ["the run has no record of this image"]
+    # Without images the record's own picture stands in: its similarities are those of the image.
+    shutil.rmtree(copied)
+    _, output, found = verified(record["image_id"], folder=run_dir)
     from_picture = found[record["image_id"]]
     assert from_picture["pixels_from"] == "target.png"
-    shutil.rmtree(copied)
-    assert verified(record["image_id"], folder=run_dir)[0] == 0
-    # The similarities are those with the image itself.
-    _, _, found = verified(record["image_id"], folder=shutil.copytree(finished[0], tmp_path / "c"))
+    run_dir = shutil.copytree(finished[0], tmp_path / "c")
+    _, _, found = verified(record["image_id"], "--images", images, folder=run_dir)
     expected = found[record["image_id"]]
     assert expected["pixels_from"] == "data set"
     assert from_picture["fresh"] == expected["fresh"]
@@ -298,21 +320,21 @@ def test_a_searched_prompt_is_drawn_with_again(tmp_path, monkeypatch, verified):
         "replication.threshold=-1", "replication.num_confirm=0", "sampler.guidance_scales=[1,3]",
     ]  # fmt: skip
     assert measure.COMMAND.run(overrides) == 0
-    code, output, found = verified(folder=run)
+    own, accepted = tmp_path / "model", ("--min-threshold", -1)
+    code, output, found = verified(*accepted, *sealed(run), folder=run, own=own)
     assert code == 0, output
     assert [image["verdict"] for image in found.values()].count("HOLDS") == 2
     # each check may have looked at both guidance scales
     assert {image["recorded"]["looks"] for image in found.values() if image["recorded"]} == {2}
     record = next(r for r in read_records(run) if r["status"] == "REPLICATED")
     tamper_arrays(run, record, lambda arrays: arrays.pop("prompt_embedding"))
-    code, output, _ = verified(folder=run)
-    assert code == 4
+    code, output, _ = verified(*accepted, folder=run, own=own)
+    assert code == 1  # the file was altered
     assert "has no prompt_embedding" in output
 
 
 @pytest.mark.parametrize(("change", "words"), [
     (lambda arrays: arrays.pop("log_variance"), "has no log_variance"),
-    (lambda arrays: arrays.pop("curve/similarity_step"), "has no curve/similarity_step"),
     (lambda arrays: arrays.update(mean=arrays["mean"][:1].clone()), "its mean has the shape (1,"),
     (lambda arrays: arrays["mean"][0, 0].fill_(float("nan")), "its mean is not finite"),
 ])  # fmt: skip
@@ -320,7 +342,8 @@ def test_arrays_that_cannot_be_drawn_from(change, words, run, verified):
     record = replicated(run)
     tamper_arrays(run, record, change)
     code, output, images = verified(record["image_id"])
-    assert code == 4
+    assert code == 1
+    assert f"records/{record['folder']}/arrays.safetensors was altered" in output
     assert words in output
     assert images[record["image_id"]]["verdict"] == "UNVERIFIED"
 
@@ -332,20 +355,21 @@ def test_missing_and_damaged_files(run, verified):
     assert "its arrays.safetensors is damaged" in verified()[1]
     (place / "arrays.safetensors").unlink()
     code, output, _ = verified()
-    assert code == 4
+    assert code == 1
     assert "its arrays.safetensors is missing" in output
     (place / "record.json").write_text("{")
     code, output, images = verified()
-    assert code == 4
+    assert code == 1
     assert "record.json cannot be read" in output
     assert images[record["folder"]]["verdict"] == "UNVERIFIED"
 
 
 def test_a_guidance_scale_that_the_run_never_used(run, verified):
     record = replicated(run)
-    tamper(run, record, columns={"guidance_scale": 7.0})
-    code, output, _ = verified(record["image_id"])
-    assert code == 4
+    tamper(run, record, columns={**record["columns"], "guidance_scale": 7.0})
+    code, output, images = verified(record["image_id"])
+    assert code == 1
+    assert images[record["image_id"]]["verdict"] == "UNVERIFIED"
     assert "guidance_scale=7.0 is none of the run's [1.0]" in output
 
 
@@ -371,7 +395,7 @@ def test_an_image_that_has_no_record(run, verified):
 
 
 def test_images_without_a_score_have_nothing_to_hold(run, verified):
-    code, output, images = verified("broken.png")
+    code, output, images = verified("broken.png", *sealed(run))
     assert code == 0
     assert images["broken.png"]["verdict"] == "NO_SCORE"
     assert "no score: 1" in output
@@ -398,20 +422,23 @@ def test_a_frequency_basis_and_its_confirmation(run, verified):
     tamper_arrays(run, record, lambda arrays: arrays.update(
         mean=(towards * arrays["mean"].norm() / towards.norm()).contiguous()
     ))  # fmt: skip
-    confirmed = {"confirm_passed": 63, "confirm_drawn": 64, "confirm_confidence": 0.95}
-    tamper(run, record, replication_rate=63 / 64,
-           columns={"guidance_scale": 1.0, "basis": "dct", **confirmed})  # fmt: skip
-    code, output, found = verified(record["image_id"])
-    assert code == 0, output
+    rate_low, rate_high = clopper_pearson(63, 64)
+    certified = log_p_certified(record["score_nats"], lower_rate(63, 64, 0.95))
+    columns = {
+        "guidance_scale": 1.0, "confirm_passed": 63, "confirm_drawn": 64, "rate_low": rate_low,
+        "confirm_confidence": 0.95, "rate_high": rate_high, "log_p_certified": certified,
+    }  # fmt: skip
+    tamper(run, record, replication_rate=63 / 64, columns={**columns, "basis": "dct"})
+    _, output, found = verified(record["image_id"])
+    assert found[record["image_id"]]["verdict"] == "HOLDS", output
     recorded = found[record["image_id"]]["recorded"]
     assert (recorded["count"], recorded["num_samples"], recorded["looks"]) == (63, 64, 1)
     # In the wrong basis the same numbers are another distribution of the same divergence.
-    tamper(run, record, replication_rate=63 / 64,
-           columns={"guidance_scale": 1.0, "basis": "pixel", **confirmed})  # fmt: skip
+    tamper(run, record, replication_rate=63 / 64, columns={**columns, "basis": "pixel"})
     code, output, found = verified(record["image_id"])
     assert code == 1
     [reason] = found[record["image_id"]]["reasons"]
-    assert reason.startswith("63 of 64 takes a rate of at least 0.9")
+    assert "recorded are 63 of 64: these are not of one rate" in reason
 
 
 def test_class_labels_are_those_of_the_same_list(tmp_path, verified, monkeypatch):
@@ -423,10 +450,12 @@ def test_class_labels_are_those_of_the_same_list(tmp_path, verified, monkeypatch
     overrides = tiny.command(tmp_path / "model", images, tmp_path / "run")[3:]
     options = ("prompt=class_label", "sampler.guidance_scales=[1,4]", "replication.threshold=-1")
     assert measure.COMMAND.run([*overrides, *options]) == 0
-    code, output, _ = verified(folder=tmp_path / "run")
+    given = {"folder": tmp_path / "run", "own": tmp_path / "model"}
+    accepted = ("--min-threshold", -1, "--images", images)
+    code, output, _ = verified(*accepted, *sealed(tmp_path / "run"), **given)
     assert code == 0, output
     (images / "metadata.jsonl").write_text("\n".join(reversed(rows)).replace("0}", "1}"))
-    code, output, _ = verified(folder=tmp_path / "run")
+    code, output, _ = verified(*accepted, **given)
     assert code == 4
     assert output.count("records do not hold its labels") == 2
 
@@ -441,16 +470,17 @@ def test_a_pipeline_in_memory_is_verified_from_a_folder(tmp_path, verified):
         prompts=["a red fox", "a bird"], run_dir=tmp_path / "run",
     )  # fmt: skip
     assert set(frame.status) == {"REPLICATED"}
-    code, output, _ = verified(folder=tmp_path / "run")
+    run, accepted = tmp_path / "run", ("--min-threshold", -0.9)
+    code, output, _ = verified(folder=run, own=None)
     assert code == 2
     assert "was a pipeline in memory; save it by save_pretrained and give --model" in output
     pipeline.save_pretrained(tmp_path / "saved")
-    code, output, images = verified("--model", tmp_path / "saved", folder=tmp_path / "run")
+    code, output, images = verified(*accepted, *sealed(run), folder=run, own=tmp_path / "saved")
     assert code == 0, output
     assert {image["pixels_from"] for image in images.values()} == {"target.png"}
     pipeline.unet.conv_out.bias.data += 1
     pipeline.save_pretrained(tmp_path / "other")
-    code, output, _ = verified("--model", tmp_path / "other", folder=tmp_path / "run")
+    code, output, _ = verified(*accepted, folder=run, own=tmp_path / "other")
     assert code == 2
     assert "other inputs (model.unet was" in output
 
@@ -460,5 +490,6 @@ def test_rows_that_the_run_measured(model, images, tmp_path, verified, monkeypat
     overrides = tiny.command(model, images, tmp_path / "run", "engine.rows_sample=auto")[3:]
     options = ("dataset.ids=[image-00.png]", "replication.threshold=-1")
     assert measure.COMMAND.run([*overrides, *options]) == 0
-    code, output, _ = verified(folder=tmp_path / "run")
+    run = tmp_path / "run"
+    code, output, _ = verified("--min-threshold", -1, *sealed(run), folder=run)
     assert code == 0, output

