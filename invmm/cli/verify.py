@@ -103,6 +103,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     from invmm.cli.foreign import Own, has_images, least_threshold, rebuilt
     from invmm.inversion.saved import read_manifest
+    from invmm.runtime.evidence import chosen_records
     from invmm.runtime.verdict import Rules
     from invmm.runtime.verify import Verification, verify
 
@@ -110,6 +111,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU here; use --device cpu")
     manifest = read_manifest(arguments.run)
+    records = chosen_records(arguments.run, arguments.image_ids)
     own = Own(
         model=arguments.model,
         lora=arguments.lora,
@@ -127,7 +129,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         Verification(
             run=run,
             manifest=manifest,
-            image_ids=arguments.image_ids,
+            records=records,
+            is_all=not arguments.image_ids,
             rules=rules,
             has_images=has_images(run),
             num_samples=arguments.num_samples,

@@ -34,7 +34,7 @@ from invmm.results.records import SCHEMA_VERSION as SCHEMA
 from invmm.results.records import damaged_records, read_records
 from invmm.results.seal import seal_faults
 from invmm.runtime.conditions import Conditions
-from invmm.runtime.evidence import DRAWN_FROM, checked_network, chosen_records
+from invmm.runtime.evidence import DRAWN_FROM, checked_network
 from invmm.runtime.findings import Finding, table
 from invmm.runtime.plan import MeasureRun
 from invmm.runtime.verdict import Claim, Rules, Verdict, unfound
@@ -52,7 +52,8 @@ class Verification:
     Attributes:
         run: the recipes of the run, with a model and a similarity network that the verifier trusts.
         manifest: of the run.
-        image_ids: only these; all if empty.
+        records: to be verified, see `chosen_records`.
+        is_all: they are all records of the run.
         rules: what is asked of the run.
         num_samples: fresh ones for each image; None takes as many as the rules need.
         has_images: the data set of the run is the verifier's own.
@@ -64,7 +65,8 @@ class Verification:
 
     run: MeasureRun
     manifest: Mapping[str, Any]
-    image_ids: Sequence[str]
+    records: Sequence[Mapping[str, Any]]
+    is_all: bool
     rules: Rules
     num_samples: int | None
     has_images: bool
@@ -83,12 +85,11 @@ def verify(task: Verification) -> int:
         verified or there is no root hash to compare with, and all others hold.
 
     Raises:
-        ValueError: nothing can be verified: no such image, records of a measurement that saves no
-            distribution, another model or similarity network than that of the run, or a run that
-            asked for less than the rules do.
+        ValueError: nothing can be verified: another model or similarity network than that of the
+            run, a measurement that saves no distribution, or a run that asked for less than the
+            rules do.
     """
     run_dir = task.run.run_dir
-    records = chosen_records(run_dir, task.image_ids)
     searching, criterion = task.run.measurement, task.run.replication
     if not isinstance(searching, Searching):
         raise ValueError(f"{run_dir} is of a measurement that leaves no distributions")
@@ -96,10 +97,10 @@ def verify(task: Verification) -> int:
     task.rules.refuse(searching.passing(criterion, scales, sys.maxsize), criterion.threshold)
     network = checked_network(task.run, task.manifest, task.device)
     verifier = Verifier(task, searching, network)
-    findings = verifier.findings(records)
-    if not task.image_ids:
+    findings = verifier.findings()
+    if task.is_all:
         findings += [_unreadable(path) for path in damaged_records(run_dir)]
-        findings += verifier.without_record(records)
+        findings += verifier.without_record()
     faults = seal_faults(run_dir, task.manifest, task.root_hash) + table_faults(run_dir)
     report = {
         "command": task.command,
@@ -156,8 +157,9 @@ class Verifier:
         self.num_samples = task.num_samples or task.rules.fresh_samples(num_records)
         self._judged: dict[str, Finding] = {}
 
-    def findings(self, records: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    def findings(self) -> list[Finding]:
         """One for each record, in their order."""
+        records = self.task.records
         searched = [record for record in records if record["status"] in DRAWN_FROM]
         engine = Engine(self.network, self.similarity, self._settings())
         jobs = (
@@ -167,11 +169,11 @@ class Verifier:
         errors = {job.key: outcome.error for job, outcome in ended}
         return [self._finding(record, errors) for record in records]
 
-    def without_record(self, records: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    def without_record(self) -> list[Finding]:
         """One for each image of the verifier's own that the run should have measured."""
         if not self.task.has_images:
             return []
-        known = {record["folder"] for record in records}
+        known = {record["folder"] for record in self.task.records}
         return [
             Finding(
                 record={"image_id": entry.image_id},
