@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu test-lowest test-py312 mutants lint format bench bench-gpu study figures clean
+.PHONY: help setup demo demo-short test test-all test-gpu test-lowest test-py312 mutants lint format bench bench-gpu study figures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -21,6 +21,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## train a small model with planted copies and find what it memorized (a quarter of an hour)
 	bash experiments/demo/run.sh
+
+demo-short: $(READY)  ## its commands on a model of fewer steps, to see that they work (three minutes)
+	bash experiments/demo/short.sh
 
 test: $(READY)  ## the quick tests (eight minutes on two cores)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow and not gpu"

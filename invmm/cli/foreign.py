@@ -66,6 +66,11 @@ def rebuilt(run_dir: Path, manifest: Mapping[str, Any], own: Own) -> MeasureRun:
             f"{run_dir / 'manifest.json'} was altered: its config does not have the digest "
             f"{manifest['config_digest']}"
         )
+    if config.get("seed") != manifest.get("seed"):
+        raise ValueError(
+            f"{run_dir / 'manifest.json'} was altered: its seed is {manifest.get('seed')}, that of "
+            f"its config {config.get('seed')}"
+        )
     stored = stored_config(run_dir)
     if stored is not None and stored["config"] != identity_of(config):
         raise ValueError(f"{run_dir / 'manifest.json'} was altered: config.json has another config")

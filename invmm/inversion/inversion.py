@@ -111,7 +111,7 @@ class Inversion:
     def cost(self, sampler: Sampler, criterion: ReplicationCriterion) -> CostRange:
         """See `Measurement`."""
         step = self.objective.evaluations()
-        checks = sum(map(self._checks_at, range(self.num_steps + 1)))
+        checks = self._checks_until(self.num_steps)
         of_sample = sum(map(sampler.evaluations_at, sampler.guidance_scales))
 
         def with_samples(count: int) -> Evaluations:
@@ -129,7 +129,7 @@ class Inversion:
 
     def passing(self, criterion: ReplicationCriterion, num_scales: int, steps: int) -> Passing:
         """See `Searching`: all samples of one of the checks at any guidance scale."""
-        checks = sum(map(self._checks_at, range(min(steps, self.num_steps) + 1)))
+        checks = self._checks_until(min(steps, self.num_steps))
         count = criterion.num_samples
         return Passing(
             count=count,
@@ -141,3 +141,7 @@ class Inversion:
 
     def _checks_at(self, step: int) -> bool:
         return step % self.check_every == 0 if step else self.check_prior
+
+    def _checks_until(self, step: int) -> int:
+        """How many of the steps up to this one end with a check."""
+        return step // self.check_every + self.check_prior

@@ -213,7 +213,7 @@ class Trajectory:
 
     def cost(self, sampler: Sampler, criterion: ReplicationCriterion) -> CostRange:
         """See `Measurement`; `sampler` of the evaluations includes the differentiated ones."""
-        checks = sum(map(self._checks_at, range(self.num_steps + 1)))
+        checks = self._checks_until(self.num_steps)
         by_scale = [sampler.evaluations_at(scale) for scale in sampler.guidance_scales]
 
         def with_scale(of_sample: int, num_check: int, confirmations: int) -> Evaluations:
@@ -248,6 +248,10 @@ class Trajectory:
 
     def _checks_at(self, step: int) -> bool:
         return step % self.check_every == 0 if step else self.check_prior
+
+    def _checks_until(self, step: int) -> int:
+        """How many of the steps up to this one end with a check."""
+        return step // self.check_every + self.check_prior
 
     def _moved(self, noise: GaussianNoise) -> Tensor:
         """1 for the coordinates that may move, 0 for the rest; broadcasts over channels."""

@@ -82,7 +82,10 @@ def table_faults(run_dir: Path) -> list[str]:
     """The tables of a run that are not those of its records, one line each; missing ones are."""
     import pandas as pd
 
-    expected = score_table([run_dir]).drop(columns="run").to_csv(index=False).encode()
+    try:
+        expected = score_table([run_dir]).drop(columns="run").to_csv(index=False).encode()
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        return [f"the records are no table: {error}"]
     readers = {
         "scores.csv": Path.read_bytes,
         "scores.parquet": lambda path: pd.read_parquet(path).to_csv(index=False).encode(),

@@ -210,6 +210,10 @@ class Claim:
             )
         except (TypeError, KeyError, OverflowError) as error:
             raise ValueError(f"its record.json is incomplete: {error}") from error
+        for name in ("score", "score_nats", "rate", "log_p_certified"):
+            value = getattr(claim, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"its {name} is {value}")
         if not 0 <= claim.count <= claim.num_samples:
             raise ValueError(f"its count is {claim.count} of {claim.num_samples}")
         return claim

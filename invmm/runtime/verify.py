@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
 from invmm.exits import Exit
 from invmm.files import record_key, write_atomically
-from invmm.inversion.confirmation import Confirmation, confirm
+from invmm.inversion.confirmation import Basis, Confirmation, confirm
 from invmm.inversion.saved import check_picture, saved_noise, saved_tensors
 from invmm.models.execution import LoadedNetwork
 from invmm.results.collect import table_faults
@@ -169,12 +169,18 @@ class Verifier:
         errors = {job.key: outcome.error for job, outcome in ended}
         return [self._finding(record, errors) for record in records]
 
-    def without_record(self) -> list[Finding]:
+    def without_record(self) -> Iterator[Finding]:
         """One for each image of the verifier's own that the run should have measured."""
         if not self.task.has_images:
-            return []
+            return
         known = {record["folder"] for record in self.task.records}
-        return [
+        if not self.is_same_list:
+            yield Finding(
+                record={"image_id": "(all images)"},
+                verdict=Verdict.UNVERIFIED,
+                reasons=["the list of images here is not that of the run"],
+            )
+        yield from (
             Finding(
                 record={"image_id": entry.image_id},
                 verdict=Verdict.UNVERIFIED,
@@ -182,7 +188,7 @@ class Verifier:
             )
             for key, entry in self.entries.items()
             if key not in known
-        ]
+        )
 
     def _finding(self, record: Mapping[str, Any], errors: Mapping[str, str | None]) -> Finding:
         key = record["folder"]
@@ -205,7 +211,7 @@ class Verifier:
         if entry is not None and self.task.has_images:
             for name in ("caption", "split", "copies"):
                 here = getattr(entry, name)
-                if here is not None and record.get(name) != here:
+                if here not in (None, "unknown") and record.get(name) != here:
                     faults.append(f"its {name} is {record.get(name)!r}, and {here!r} here")
         return faults
 
@@ -224,6 +230,9 @@ class Verifier:
         is_found = record["status"] == Status.REPLICATED
         claim = Claim.of(record, passing, criterion.num_confirm) if is_found else None
         scale = record["columns"].get("guidance_scale")
+        basis = record["columns"].get("basis", "pixel")
+        if basis not in get_args(Basis):
+            raise ValueError(f"its basis={basis} is none of {', '.join(get_args(Basis))}")
         if scale not in scales:
             raise ValueError(f"its guidance_scale={scale} is none of the run's {list(scales)}")
         entry, loaded, pixels_from = self._image(record)
@@ -249,7 +258,7 @@ class Verifier:
                 image_generator(self.task.seed, f"verification of {entry.image_id}"),
                 num_samples=num_samples,
                 guidance_scale=scale,
-                basis=record["columns"].get("basis", "pixel"),
+                basis=basis,
             )
 
         async def judged() -> Outcome:
@@ -326,10 +335,12 @@ def _claimed(task: Verification, findings: Sequence[Finding]) -> list[str]:
         lines.append(
             f"claimed, not verified: that the search found nothing for {unscored} of the images"
         )
-    of_images = "" if task.has_images else "; the pictures, captions, splits and copies of images"
+    of_images = "captions, splits and copies of images" + (
+        " where the images here have none" if task.has_images else ", and their pictures"
+    )
     lines.append(
-        "claimed, not verified: the steps and similarities of the searches, seconds, hardware, git "
-        f"and versions{of_images}"
+        "claimed, not verified: steps, evaluations and similarities of the searches, drawings and "
+        f"samples.png, seconds, hardware, git and versions; {of_images}"
     )
     return lines
 
