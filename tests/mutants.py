@@ -27,7 +27,8 @@ from cosmic_ray.work_item import MutationSpec, TestOutcome
 ROOT = Path(__file__).parents[1]
 ROOMS = ("inversion", "probability", "diffusion", "engine", "models", "analysis")
 BEYOND = {
-    "inversion": "tests/contract/test_engine.py tests/contract/test_searched_prompts.py",
+    "inversion": "tests/contract/test_engine.py tests/contract/test_searched_prompts.py "
+    "tests/integration/test_replay_runs.py",
     "probability": "tests/integration/test_probability.py",
     "diffusion": "tests/contract",
     "engine": "tests/unit/inversion tests/unit/probability tests/contract",
@@ -40,6 +41,8 @@ EQUIVALENT = (
     "ReplaceComparisonOperator_Eq_Is", "ReplaceComparisonOperator_NotEq_IsNot",
 )  # fmt: skip
 """Change nothing for None, and for most short values."""
+FLAGS = ("frozen", "kw_only", "eq", "strict")
+"""Arguments of dataclasses and `zip` that only guard against mistakes in the code itself."""
 
 
 def main() -> int:
@@ -79,12 +82,13 @@ def choose(seed: int, count: int) -> list[MutationSpec]:
     places: dict[tuple, list[MutationSpec]] = {}
     for room in ROOMS:
         for path in sorted((ROOT / "invmm" / room).rglob("*.py")):
-            hints = type_hints(path)
+            hints, flags = type_hints(path), guards(path)
             for item in all_work_items([path.relative_to(ROOT)], {}):
                 (spec,) = item.mutations
                 family = spec.operator_name.removeprefix("core/").split("_")[0]
                 is_hint = "BitOr" in spec.operator_name and spec.start_pos[0] in hints
-                if not is_hint and not spec.operator_name.endswith(EQUIVALENT):
+                is_idle = is_hint or spec.start_pos in flags
+                if not is_idle and not spec.operator_name.endswith(EQUIVALENT):
                     place = (spec.module_path, spec.start_pos, spec.end_pos, family)
                     places.setdefault(place, []).append(spec)
     rng = random.Random(seed)
@@ -98,6 +102,13 @@ def type_hints(path: Path) -> set[int]:
     return {
         line for hint in hints if hint for line in range(hint.lineno, (hint.end_lineno or 0) + 1)
     }
+
+
+def guards(path: Path) -> set[tuple[int, int]]:
+    """Where in a file the values of `FLAGS` stand, as line and column."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    values = [n.value for n in nodes if isinstance(n, ast.keyword) and n.arg in FLAGS]
+    return {(value.lineno, value.col_offset) for value in values}
 
 
 def room_of(spec: MutationSpec) -> str:

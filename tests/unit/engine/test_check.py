@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from worlds import (
 )
 
 from invmm.engine import check as check_module
-from invmm.engine.check import Check, check_replication, deciding_failures
+from invmm.engine.check import Check, check_replication, compare, deciding_failures
 from invmm.engine.engine import Engine
 from invmm.engine.outcomes import Outcome, Status
 from invmm.engine.settings import EngineSettings
@@ -124,3 +126,18 @@ def test_what_came_closest(lowest_rate, seen, closest, monkeypatch):
 )
 def test_failures_that_decide(num_samples, lowest_rate, expected):
     assert deciding_failures(num_samples, lowest_rate) == expected
+
+
+@pytest.mark.parametrize("lacks", ["condition", "negative"])
+def test_guidance_without_what_it_needs_is_one_line(lacks):
+    network = ConditionalNetwork()
+    target = replace(make_conditional_target(network, 0), **{lacks: None})
+
+    async def measurement() -> Outcome:
+        noise, setting = torch.zeros(2, *network.latent_shape), make_setting(network)
+        await compare(noise, target.rows(2), None, target, setting, guidance_scale=3.0)
+        return Outcome(status=Status.REPLICATED)
+
+    [(_, outcome)] = Engine(network, Direction(), EngineSettings()).run([Job("it", measurement)])
+    assert outcome.status is Status.FAILED
+    assert "guidance at scale 3.0 needs a condition and its negative" in outcome.error

@@ -58,6 +58,8 @@ REFUSED = [
     ("sdxl", "unet", {"cross_attention_dim": 16}, "text encoders return 32"),
     ("sd1 epsilon", "unet", {"sample_size": None}, "images must be square; "),
     ("sd1 epsilon", "unet", {"sample_size": [8, 16]}, "images must be square; "),
+    ("sd1 epsilon", "unet", {"sample_size": [16, 8]}, "images must be square; "),
+    ("sd1 epsilon", "unet", {"sample_size": [8, 8, 8]}, "images must be square; "),
     ("sd1 epsilon", "vae", {"latent_channels": 16}, "the vae has latent_channels=16"),
     ("sd1 epsilon", "vae", {"in_channels": 4}, "RGB pictures"),
     ("sd1 epsilon", "vae", {"scaling_factor": None}, "a finite number is needed"),

@@ -94,6 +94,8 @@ def test_training_images_without_a_caption_are_refused():
         ({"num_attention_heads": 3}, r"model\.num_attention_heads=3 does not divide the widths"),
         ({"text_num_heads": 3}, r"model\.text_num_heads=3 does not divide.*=16"),
         ({"attention_levels": [2]}, r"model\.attention_levels=\[2\] names a level"),
+        ({"attention_levels": [3]}, r"model\.attention_levels=\[3\] names a level"),
+        ({"attention_levels": [-1]}, r"model\.attention_levels=\[-1\] names a level"),
         ({"image_size": 12}, r"model\.image_size=12 is no size.*multiple of 8"),
         ({"beta_start": 0.5}, r"model\.beta_start=0\.5 exceeds model\.beta_end"),
     ],
