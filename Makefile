@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## train a small model with planted copies and find what it memorized (a quarter of an hour)
 	bash experiments/demo/run.sh
 
-demo-short: $(READY)  ## its commands on a model of fewer steps, to see that they work (three minutes)
+demo-short: $(READY)  ## its commands on a model of fewer steps, to see that they work (four minutes)
 	bash experiments/demo/short.sh
 
 test: $(READY)  ## the quick tests (eight minutes on two cores)

@@ -7,7 +7,8 @@ folder=results/demo_short
 few=("model.path=$folder/model/final" 'dataset.take={duplicated: 4, single: 1, held_out: 1}'
     replication.threshold=0.3)
 .venv/bin/invmm-train experiment=demo_model training.num_steps=600 "run_dir=$folder/model"
-.venv/bin/invmm experiment=demo "${few[@]}" inversion.num_steps=100 "run_dir=$folder" | tee "$folder/output"
+.venv/bin/invmm experiment=demo "${few[@]}" inversion=trajectory inversion.num_steps=48 \
+    "run_dir=$folder" | tee "$folder/output"
 .venv/bin/invmm experiment=demo "${few[@]}" measurement=free_sampling measurement.num_samples=128 \
     "run_dir=$folder/counted"
 .venv/bin/invmm-verify "$folder" --model "$folder/model/final" --min-threshold 0.3 \

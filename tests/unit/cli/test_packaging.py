@@ -78,8 +78,9 @@ def test_every_target_of_the_makefile_is_explained():
     result = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     explained = re.findall(r"^  make ([a-z0-9-]+) +\S", result.stdout, re.MULTILINE)
     assert explained == [
-        "help", "setup", "demo", "test", "test-all", "test-gpu", "test-lowest", "test-py312",
-        "mutants", "lint", "format", "bench", "bench-gpu", "study", "figures", "clean",
+        "help", "setup", "demo", "demo-short", "test", "test-all", "test-gpu", "test-lowest",
+        "test-py312", "mutants", "lint", "format", "bench", "bench-gpu", "study", "figures",
+        "clean",
     ]  # fmt: skip
 
 
