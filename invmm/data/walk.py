@@ -33,9 +33,17 @@ _KINDS = {
         "images, or give them as a dataset.path of their own"
     ),
     "looped": "linked folders that lead elsewhere in the data folder and are read there {}",
+    "run": "folders of runs, whose pictures are none of the images {}",
     "other": "other files that are not read {}",
 }
 """Kind of files that are not read -> the line that names them."""
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether invmm wrote this folder: a run may lie among its images, and goes on there."""
+    return (path / "config.json").is_file() and (
+        (path / "run.lock").exists() or (path / "records").is_dir()
+    )
 
 
 @dataclass
@@ -66,7 +74,11 @@ class Walk:
         for folder, subfolders, files in os.walk(self.root, onerror=self._unreadable):
             subfolders.sort()
             self._sort(Path(folder), sorted(files), subfolders)
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            subfolders[:] = [
+                name
+                for name in subfolders
+                if not (name.startswith(".") or is_run_folder(Path(folder, name)))
+            ]
             if not recursive:
                 return
 
@@ -131,7 +143,7 @@ class Walk:
             return "read"
         if is_folder:
             if not path.is_symlink():
-                return None
+                return "run" if is_run_folder(path) else None
             return "looped" if self.is_inside(path) else "linked"
         if name in METADATA_FILES:
             return None

@@ -147,3 +147,21 @@ def test_a_bomb_without_an_ending_is_an_image_that_fails(tmp_path, encoded, monk
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ids(opened(tmp_path)) == ["bomb"]
+
+
+def test_a_run_among_the_images_adds_none(tmp_path):
+    """The pictures of a run are not images, so that the same command goes on."""
+    PICTURE.save(tmp_path / "a.png")
+    before = opened(tmp_path)
+    for run, marker in (("run", "run.lock"), ("sub/copied", "records/x/target.png")):
+        (tmp_path / run / marker).parent.mkdir(parents=True)
+        PICTURE.save(tmp_path / run / marker, "PNG")
+        PICTURE.save(tmp_path / run / "gallery.png")
+        (tmp_path / run / "config.json").write_text("{}")
+    after = opened(tmp_path)
+    assert ids(after) == ids(before) == ["a.png"]
+    [problem] = after.problems
+    assert "folders of runs, whose pictures are none of the images" in problem
+    # Of two that are alike only the marked one is a run.
+    (tmp_path / "run" / "config.json").unlink()
+    assert ids(opened(tmp_path)) == ["a.png", "run/gallery.png"]
