@@ -33,9 +33,14 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-@lru_cache(maxsize=64)
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex; weight files do not change under a run."""
+    """SHA-256 of a file's bytes, in hex; of a file that was not written since, as it was found."""
+    state = path.stat()
+    return _sha256(path, (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+
+
+@lru_cache(maxsize=64)
+def _sha256(path: Path, state: tuple[int, ...]) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

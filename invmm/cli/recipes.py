@@ -263,8 +263,11 @@ def _check_schedule(
 
 def _check_source(measurement: Replay, model: ModelRecipe) -> None:
     """Reads the weights, which a dry run does not."""
-    searched = measurement.manifest()["inputs"]["model"]
-    if changed := differences(searched, model.fingerprint(), "model"):
+    searched = measurement.manifest()["inputs"]
+    changed = differences(searched["model"], model.fingerprint(), "model")
+    if "model_settings" in searched:
+        changed += differences(searched["model_settings"], model.settings(), "model")
+    if changed:
         raise ValueError(
             f"measurement.source={measurement.source} searched another model "
             f"({'; '.join(changed)}); give the model.path of that run, or a run of this model"

@@ -60,3 +60,7 @@ class ModelRecipe(Protocol):
     def fingerprint(self) -> dict[str, str]:
         """File name -> SHA-256 of every weight file."""
         ...
+
+    def settings(self) -> dict[str, str]:
+        """Name -> SHA-256 of all else that decides what the model computes: configs, words."""
+        ...

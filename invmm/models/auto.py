@@ -113,6 +113,10 @@ class AutoModel:
         """See `ModelRecipe`."""
         return self.recipe().fingerprint()
 
+    def settings(self) -> dict[str, str]:
+        """See `ModelRecipe`."""
+        return self.recipe().settings()
+
     def _refuse(self, option: str, name: str) -> None:
         value = getattr(self, option)
         if value:

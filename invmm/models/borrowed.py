@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from invmm.diffusion.schedule import NoiseSchedule, schedule_of
 from invmm.models.adapter import ModelInfo
 from invmm.models.cost import CallCost, call_cost
 from invmm.models.execution import Execution, LoadedNetwork
+from invmm.models.json_files import settings_digest
 from invmm.models.loading import PIPELINES as PIXEL_PIPELINES
 from invmm.models.loading import check_components
 from invmm.models.parts import index_of
@@ -173,6 +174,22 @@ class BorrowedModel:
             found[name] = digest.hexdigest()
         return found
 
+    def settings(self) -> dict[str, str]:
+        """SHA-256 of the configs, and of the adapters in use with their strengths, as they are now.
+
+        Of the tokenizers only the words count.
+        """
+        found = {}
+        for name, part in self.pipeline.components.items():
+            if isinstance(part, nn.Module):
+                found[f"{name} adapters"] = settings_digest(_adapters(part))
+            if callable(vocabulary := getattr(part, "get_vocab", None)):
+                found[name] = settings_digest({"words": vocabulary()})
+            elif (config := getattr(part, "config", None)) is not None:
+                is_plain = isinstance(config, Mapping)
+                found[name] = settings_digest(config if is_plain else config.to_dict())
+        return found
+
     @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
@@ -183,6 +200,18 @@ class BorrowedModel:
     def _parts(self) -> dict[str, nn.Module]:
         components = self.pipeline.components.items()
         return {name: part for name, part in components if isinstance(part, nn.Module)}
+
+
+def _adapters(part: nn.Module) -> dict[str, Any]:
+    """Layer -> the adapters that act in it, with their strengths (`scaling` of peft)."""
+    layers: Iterable[tuple[str, Any]] = list(part.named_modules())
+    return {
+        name: [[one, layer.scaling.get(one)] for one in layer.active_adapters]
+        for name, layer in layers
+        if hasattr(layer, "scaling")
+        and hasattr(layer, "active_adapters")
+        and not getattr(layer, "disable_adapters", False)
+    }
 
 
 def _is_offloaded(part: nn.Module) -> bool:

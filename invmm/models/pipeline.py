@@ -19,7 +19,7 @@ from invmm.models.codec import Posterior, latent_scale
 from invmm.models.components import Parts
 from invmm.models.cost import CallCost, call_cost, peak_bytes, weight_bytes
 from invmm.models.execution import Execution
-from invmm.models.json_files import read_json
+from invmm.models.json_files import read_json, settings_digests
 from invmm.models.latent import Dit, LatentDiffusion, LatentNetwork
 from invmm.models.loading import fetched, scheduler_json
 from invmm.models.lora import add_lora, check_lora
@@ -197,6 +197,11 @@ class LatentPipeline:
         files = [file for files in self._weights(folder).values() for file in files]
         found = {file.relative_to(folder.path).as_posix(): file_sha256(file) for file in files}
         return {**found, "lora": file_sha256(Path(self.lora))} if self.lora else found
+
+    def settings(self) -> dict[str, str]:
+        """See `ModelRecipe`."""
+        folder = self._folder(weights=True)
+        return settings_digests(folder.path, sorted(folder.classes))
 
     def _latent_shape(self, folder: PipelineFolder) -> tuple[int, int, int]:
         """(C, H, W) of a latent.

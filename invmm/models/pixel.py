@@ -21,6 +21,7 @@ from invmm.models.components import EXPECTED, Parts
 from invmm.models.cost import CallCost, call_cost
 from invmm.models.execution import Execution
 from invmm.models.fitting import square_side
+from invmm.models.json_files import settings_digests
 from invmm.models.labels import class_label
 from invmm.models.loading import (
     PIPELINES,
@@ -134,6 +135,11 @@ class PixelUNet:
             file.relative_to(folder.path).as_posix(): file_sha256(file)
             for file in folder.weights(self.variant)
         }
+
+    def settings(self) -> dict[str, str]:
+        """See `ModelRecipe`."""
+        folder = self._folder(weights=True)
+        return settings_digests(folder.path, [folder.unet, *(["scheduler"] if folder.unet else [])])
 
     def _folder(self, *, weights: bool) -> ModelFolder:
         return open_folder(self.path, revision=self.revision, variant=self.variant, weights=weights)

@@ -31,12 +31,14 @@ class Inputs:
 
     Attributes:
         model: weight file -> SHA-256.
+        model_settings: config or vocabulary of the model -> SHA-256.
         similarity: identity of the similarity network.
         second_opinion: identity of the control measure, None without one.
         dataset: digest of the list of images.
     """
 
     model: Mapping[str, str]
+    model_settings: Mapping[str, str]
     similarity: Mapping[str, str | int]
     second_opinion: Mapping[str, str | int] | None
     dataset: str
@@ -47,6 +49,7 @@ class Inputs:
         second = replication.second_opinion
         return cls(
             model=model.fingerprint(),
+            model_settings=model.settings(),
             similarity=replication.similarity.identity(),
             second_opinion=second.identity() if second else None,
             dataset=list_digest(dataset.entries),
@@ -67,7 +70,7 @@ def write_manifest(
             stored = json.loads(path.read_bytes())["inputs"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged; choose another run_dir") from error
-        if changed := differences(stored, asdict(inputs)):
+        if changed := differences(stored, known_to(stored, asdict(inputs))):
             raise ValueError(
                 f"run_dir={folder.path} was measured with other inputs ({'; '.join(changed)}); "
                 "choose another run_dir"
@@ -85,6 +88,11 @@ def write_manifest(
         "hardware": _hardware(),
     }
     write_atomically(path, json.dumps(manifest, indent=1).encode())
+
+
+def known_to(stored: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs without the settings of the model if the manifest is older than they are."""
+    return {k: v for k, v in inputs.items() if k != "model_settings" or k in stored}
 
 
 def _versions() -> dict[str, str]:

@@ -65,6 +65,8 @@ def checked_network(
     changed = differences(inputs["similarity"], similarity, "similarity")
     if not was_in_memory:
         changed += differences(inputs["model"], run.model.fingerprint(), "model")
+        if "model_settings" in inputs:
+            changed += differences(inputs["model_settings"], run.model.settings(), "model")
     _refuse(run.run_dir, changed)
     network = run.model.load(device)
     if was_in_memory:

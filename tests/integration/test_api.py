@@ -14,7 +14,7 @@ from PIL import Image
 
 import invmm
 from invmm.cli import measure as command
-from invmm.cli.verify import _rebuilt
+from invmm.cli.foreign import Own, rebuilt
 
 OPTIONS = [text for text in tiny.QUICK if not text.startswith("trainer=")]
 
@@ -159,8 +159,8 @@ def test_the_scale_of_vq_latents_is_told_where_the_pipeline_hides_it(tmp_path):
         measured("model.latent_scale=0.18215")
     # Verified from a folder, which does not tell it either.
     manifest = json.loads((run_dir / "manifest.json").read_text())
-    rebuilt = _rebuilt(run_dir, manifest, str(tmp_path))
-    assert rebuilt.model.describe().latent_scale == 1
+    own = Own(model=str(tmp_path), lora=None, similarity=None, images=None)
+    assert rebuilt(run_dir, manifest, own).model.describe().latent_scale == 1
 
 
 def test_another_pipeline_is_refused():

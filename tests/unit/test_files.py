@@ -52,3 +52,13 @@ def test_ids_that_look_alike_stay_apart():
     ids = ["a/b", "a-b", "a b", "A-b", "x" * 60 + "1", "x" * 60 + "2"]
     keys = {record_key(image_id).lower() for image_id in ids}
     assert len(keys) == len(ids)
+
+
+def test_a_file_that_was_written_again_is_hashed_again(tmp_path):
+    path = tmp_path / "weights"
+    digests = []
+    for content in (b"one", b"two", b"one"):
+        path.write_bytes(content)
+        digests += [file_sha256(path), file_sha256(path)]
+    assert digests[0] == digests[1] == digests[4] == digests[5]
+    assert digests[2] == digests[3] == hashlib.sha256(b"two").hexdigest()

@@ -16,6 +16,7 @@ from invmm.results.run_folder import RunFolder
 
 INPUTS = Inputs(
     model={"unet/weights.safetensors": "aa"},
+    model_settings={"unet/config.json": "cc"},
     similarity={"name": "sscd", "size": 128},
     second_opinion={"name": "pixel_correlation", "size": "as is"},
     dataset="d1",
@@ -59,6 +60,8 @@ def test_the_same_inputs_go_on_and_keep_the_first_manifest(folder):
     [
         ({"model": {"unet/weights.safetensors": "bb"}},
          r"model\.unet/weights\.safetensors was aa and is bb"),
+        ({"model_settings": {"unet/config.json": "dd"}},
+         r"model_settings\.unet/config\.json was cc and is dd"),
         ({"similarity": {"name": "sscd", "size": 64}}, r"similarity\.size was 128 and is 64"),
         ({"second_opinion": None}, "second_opinion was .* and is None"),
         ({"dataset": "d2"}, "dataset was d1 and is d2"),
@@ -68,6 +71,17 @@ def test_other_inputs_are_refused_by_name(folder, change, said):
     write(folder)
     with pytest.raises(ValueError, match=said):
         write(folder, replace(INPUTS, **change))
+
+
+def test_a_manifest_from_before_the_settings_were_hashed_goes_on(folder):
+    write(folder)
+    path = folder.path / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    del manifest["inputs"]["model_settings"]
+    path.write_text(json.dumps(manifest))
+    write(folder, replace(INPUTS, model_settings={"unet/config.json": "dd"}))
+    with pytest.raises(ValueError, match="dataset was d1"):
+        write(folder, replace(INPUTS, dataset="d2"))
 
 
 def test_a_damaged_manifest_is_said(folder):
@@ -81,12 +95,18 @@ def test_inputs_are_read_from_the_recipes():
         def fingerprint(self):
             return {"weights": "aa"}
 
+        def settings(self):
+            return {"unet/config.json": "bb"}
+
     class Dataset:
         entries = (written.entry("a"),)
 
     similarity = PixelCorrelation(size=8)
     alone = Inputs.of(Model(), Replication(similarity=similarity), Dataset())
     assert alone.second_opinion is None
+    assert (alone.model, alone.model_settings) == (
+        {"weights": "aa"}, {"unet/config.json": "bb"},
+    )  # fmt: skip
     assert alone.similarity == {"name": "pixel_correlation", "size": 8}
     both = Replication(similarity=similarity, second_opinion=PixelCorrelation())
     assert Inputs.of(Model(), both, Dataset()).second_opinion == PixelCorrelation().identity()
