@@ -11,6 +11,20 @@ from typing import Any
 from invmm.files import file_sha256
 
 _MAX_JSON_BYTES = 1 << 20
+_ATTENTION = (None, "eager", "sdpa")
+_PROGRAMS: Mapping[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("attn_implementation", "_attn_implementation"), _ATTENTION),
+    **dict.fromkeys(("_attn_implementation_internal",), _ATTENTION),
+    "_attn_implementation_autoset": (None, True, False),
+    **dict.fromkeys(("experts_implementation", "_experts_implementation"), (None, "eager")),
+    **dict.fromkeys(("auto_map", "kernel_config", "custom_pipelines"), (None, {})),
+    **dict.fromkeys(("trust_remote_code", "use_kernels"), (None, False)),
+}
+"""Key of a config by which diffusers or transformers may fetch code -> the values that do not.
+
+transformers takes "owner/repository" for a kernel of the hub, and fetches one for
+"flash_attention_2" where its package is not installed.
+"""
 _NOTES = ("transformers_version", "name_or_path")
 """Keys beside those with an underscore that say how a config was saved."""
 
@@ -19,7 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a model folder.
 
     Raises:
-        ValueError: missing, too large, or no JSON object.
+        ValueError: missing, too large, no JSON object, or one that asks for programs.
     """
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
@@ -31,7 +45,25 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object")
+    _refuse_programs(path, content)
     return content
+
+
+def _refuse_programs(path: Path, content: Any) -> None:
+    """Refuses keys by which a config makes the libraries fetch and run a program, at any depth."""
+    if isinstance(content, list):
+        for value in content:
+            _refuse_programs(path, value)
+    if not isinstance(content, dict):
+        return
+    for key, value in content.items():
+        if key in _PROGRAMS and not any(value is one or value == one for one in _PROGRAMS[key]):
+            allowed = " or ".join(json.dumps(one) for one in _PROGRAMS[key])
+            raise ValueError(
+                f"{path} has {key}={str(value)[:100]!r}, which may fetch and run a program; set it "
+                f"to {allowed}, or take the key out"
+            )
+        _refuse_programs(path, value)
 
 
 def settings_digest(config: Mapping[str, Any]) -> str:
