@@ -10,8 +10,9 @@ import pytorch_lightning as pl
 import torch
 
 from invmm.analysis.report import report
-from invmm.data.dataset import ImageDataset, ImageEntry
+from invmm.data.dataset import ImageDataset, ImageEntry, ImageError
 from invmm.exits import Exit
+from invmm.inversion.saved import load_record
 from invmm.results.manifest import Inputs, write_manifest
 from invmm.results.records import why_nothing_is_measured
 from invmm.results.run_folder import RunFolder
@@ -48,6 +49,7 @@ def measure(run: MeasureRun) -> int:
         )
         entries = run.shard.of(dataset.entries) if run.shard else dataset.entries
         pending = folder.pending(entries, retry_failed=run.retry_failed)
+        _refuse_replaced(folder, dataset, entries)
         _announce(run, dataset, len(entries), len(pending))
         exit_code = Exit.DONE
         if pending:
@@ -60,6 +62,25 @@ def measure(run: MeasureRun) -> int:
             print(failure, file=sys.stderr)
             return Exit.INCOMPLETE
     return exit_code
+
+
+def _refuse_replaced(
+    folder: RunFolder, dataset: ImageDataset, entries: Sequence[ImageEntry]
+) -> None:
+    """Refuses to go on where an image is no longer the one that its record is of."""
+    for entry in entries:
+        record = load_record(folder.record_folder(entry.image_id) / "record.json")
+        if record is None or not (was := record.get("sha256")):
+            continue
+        try:
+            found = dataset.load(entry).sha256
+        except (ImageError, OSError) as error:
+            found = f"that of no image ({error})"
+        if found != was:
+            raise ValueError(
+                f"run_dir={folder.path} measured another image {entry.image_id}: its SHA-256 was "
+                f"{was} and is {found}; put the image back, or choose another run_dir"
+            )
 
 
 def _announce(run: MeasureRun, dataset: ImageDataset, total: int, num_pending: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -93,6 +94,25 @@ def test_changed_weights_are_refused_by_name(world):
     for code, line in said():
         assert code == 2
         assert "model.unet/diffusion_pytorch_model.safetensors was" in line
+
+
+def test_a_replaced_image_is_refused_by_name(measured, images, monkeypatch, tmp_path):
+    """Its record stays, and so does that of an image that failed."""
+    copied = shutil.copytree(images, tmp_path / "png")
+    overrides = tiny.command(measured / "model", copied, tmp_path / "own")[3:]
+    monkeypatch.setattr(sys, "argv", ["invmm", *overrides])
+    assert measure.COMMAND.run(overrides) == 0
+    assert measure.COMMAND.run(overrides) == 0
+    before = tiny.records(tmp_path / "own")
+    shutil.copyfile(copied / "image-01.png", copied / "image-00.png")
+    again = tiny.invmm(tiny.command(measured / "model", copied, tmp_path / "own"))
+    assert again.returncode == 2
+    assert "measured another image image-00.png: its SHA-256 was" in again.stderr
+    (copied / "image-00.png").write_bytes(b"no image")
+    again = tiny.invmm(tiny.command(measured / "model", copied, tmp_path / "own"))
+    assert again.returncode == 2
+    assert "and is that of no image" in again.stderr
+    assert tiny.records(tmp_path / "own") == before
 
 
 def test_the_words_of_a_tokenizer_and_the_encoders_config_are_settings(tmp_path):
