@@ -347,6 +347,11 @@ QUICK = ("count and all that follows", "a score of 0 that 64 of 64 confirm", "on
          "list of images", "distribution of another")  # fmt: skip
 
 
+SHOWN = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FORGERIES
+]
+
+
 @pytest.fixture
 def verified(model, images, monkeypatch, capsys):
     """Verifies a run by what the verifier brings; (exit code, output)."""
@@ -376,7 +381,7 @@ def test_an_honest_run_holds(run, verified):
     assert code == HOLDS, output
 
 
-@pytest.mark.parametrize("name", FORGERIES)
+@pytest.mark.parametrize("name", SHOWN)
 def test_a_run_that_was_changed_afterwards(name, run, verified):
     forge, _, _ = FORGERIES[name]
     forge(run)
@@ -394,9 +399,7 @@ def test_a_table_that_was_changed_afterwards(change, run, verified):
     assert "is not the table of the records" in output
 
 
-@pytest.mark.parametrize("name", [
-    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FORGERIES
-])  # fmt: skip
+@pytest.mark.parametrize("name", SHOWN)
 def test_a_run_that_was_forged_with_its_root_hash(name, run, verified):
     forge, expected, words = FORGERIES[name]
     forge(run)
