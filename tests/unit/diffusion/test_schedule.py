@@ -123,3 +123,29 @@ def test_the_mean_over_levels_drawn_by_weight_is_that_over_all():
     found = (schedule.importance_weights[levels] * values[levels]).sum() / len(drawn)
     expected = values[500:].mean() / 2
     assert found.item() == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_a_flow_goes_in_a_straight_line_and_its_velocity_gives_both_ends():
+    """Of shift 3, whose noise levels are 3 s / (1 + 2 s) for s from 1/1000 to 1."""
+    config = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 3.0,
+    }
+    schedule = NoiseSchedule.from_config(config)
+    even = torch.arange(1, 1001) / 1000
+    sigmas = 3 * even / (1 + 2 * even)
+    torch.testing.assert_close(schedule.noise_scales, sigmas, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(schedule.signals, 1 - sigmas, atol=1e-6, rtol=1e-5)
+    timesteps = torch.tensor([250.0, 900.0])
+    clean, noise = torch.randn(2, 2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    noisy = schedule.add_noise(clean, noise, timesteps)
+    at = torch.tensor([0.25, 0.9]).reshape(2, 1, 1, 1)
+    torch.testing.assert_close(noisy, (1 - at) * clean + at * noise)
+    velocity = noise - clean
+    torch.testing.assert_close(
+        schedule.clean_latents(velocity, noisy, timesteps), clean, atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        schedule.noise(velocity, noisy, timesteps), noise, atol=1e-5, rtol=1e-5
+    )
