@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from invmm.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,7 +86,9 @@ def save_figure(figure: Figure, *paths: Path) -> tuple[Path, ...]:
     """Writes it in the format of each path, without dates, and returns the paths."""
     undated = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Producer": None}}
     for path in paths:
-        figure.savefig(path, metadata=undated[path.suffix])
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=path.suffix[1:], metadata=undated[path.suffix])
+        write_atomically(path, drawn.getvalue())
     return paths
 
 

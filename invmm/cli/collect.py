@@ -40,12 +40,14 @@ def _collect(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{run_dir} holds no records; give the folder of a run")
 
     from invmm.analysis.report import report
+    from invmm.files import write_atomically
     from invmm.results.collect import score_table
 
     for run_dir in run_dirs:
         print(report(run_dir))
     if arguments.join:
-        score_table(run_dirs).to_csv(arguments.join, index=False)
+        table = score_table(run_dirs).to_csv(index=False)
+        write_atomically(arguments.join, table.encode())
         print(f"written: {arguments.join}")
     return Exit.DONE
 

@@ -54,10 +54,18 @@ def measure(run: MeasureRun) -> int:
         exit_code = Exit.DONE
         if pending:
             exit_code = _measure_pending(run, folder, dataset, pending)
-        print(report(folder.path), flush=True)
-        root = seal(folder)
-        print(f"root hash, for `invmm-verify --expect`: {root}", flush=True)
-        run.logger.publish(folder.path, {**run.config, "root_hash": root})
+        try:
+            print(report(folder.path), flush=True)
+            root = seal(folder)
+            print(f"root hash, for `invmm-verify --expect`: {root}", flush=True)
+            run.logger.publish(folder.path, {**run.config, "root_hash": root})
+        except OSError as error:
+            print(
+                f"the report could not be written: {error}; every record is kept. Make room, then "
+                "run the same command again",
+                file=sys.stderr,
+            )
+            return exit_code or Exit.INCOMPLETE
         if exit_code == Exit.DONE and (failure := why_nothing_is_measured(folder, entries)):
             print(failure, file=sys.stderr)
             return Exit.INCOMPLETE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from invmm.cli.measure import COMMAND
 from invmm.results.run_folder import read_processes
+from invmm.runtime import measure
 
 
 def test_a_run_writes_what_it_promises(finished):
@@ -80,6 +82,25 @@ def test_a_rerun_measures_nothing_again(finished, model, images):
     assert result.returncode == 0, result.stderr
     assert "8 of them measured before" in result.stdout
     assert before == {path: path.stat().st_mtime_ns for path in run_dir.glob("records/*/*")}
+
+
+def test_a_report_that_cannot_be_written_keeps_every_record(
+    finished, model, images, tmp_path, monkeypatch, capsys
+):
+    """A full disk at the very end: exit code 3, and the same command ends the run."""
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    overrides = tiny.command(model, images, run_dir)[3:]
+    monkeypatch.setattr(sys, "argv", ["invmm", *overrides])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(measure, "report", full)
+        assert COMMAND.run(overrides) == 3
+    assert "No space left on device; every record is kept" in capsys.readouterr().err
+    assert tiny.records(run_dir) == tiny.records(finished[0])
+    assert COMMAND.run(overrides) == 0
 
 
 def test_another_config_is_refused_with_the_keys_that_differ(finished, model, images):

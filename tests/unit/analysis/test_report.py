@@ -365,3 +365,16 @@ def test_a_large_group_does_not_fill_the_gallery(bank_dir, monkeypatch):
     assert [text.split(",")[0] for text in texts] == ["common", "alike too", "rare", "never"]
     assert texts[0].endswith("one of 2 near-duplicates")
     assert seen[0].get_suptitle() == "image, then its closest samples (3 more in scores.csv)"
+
+
+def test_the_report_replaces_links_and_never_writes_through_them(run_dir, tmp_path):
+    for name in ("gallery.png", "scores.png", "scores.csv", "scores.parquet"):
+        elsewhere = tmp_path / f"mine-{name}"
+        elsewhere.write_bytes(b"mine")
+        (run_dir / name).unlink(missing_ok=True)
+        (run_dir / name).symlink_to(elsewhere)
+    report(run_dir)
+    for name in ("gallery.png", "scores.png", "scores.csv", "scores.parquet"):
+        assert (tmp_path / f"mine-{name}").read_bytes() == b"mine"
+        assert not (run_dir / name).is_symlink()
+        assert (run_dir / name).stat().st_size > 4

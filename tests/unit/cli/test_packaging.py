@@ -87,4 +87,4 @@ def test_every_target_of_the_makefile_is_explained():
 def test_continuous_integration_runs_what_people_run():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
-    assert "make setup lint test-all" in script.read_text().splitlines()
+    assert "make setup lint test-all demo-short" in script.read_text().splitlines()
