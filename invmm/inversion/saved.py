@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from invmm.engine.outcomes import Status
+from invmm.files import read_file
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +30,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     """
     path = run_dir / "manifest.json"
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(read_file(path))
         missing = {"inputs", "config", "config_digest"} - manifest.keys()
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is missing; give the folder of a run") from None
@@ -42,10 +44,10 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
 def load_record(path: Path) -> dict[str, Any] | None:
     """A record.json; None if it is missing or damaged, so that its image is not measured yet."""
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(read_file(path))
         Status(record["status"])
         return record if isinstance(record["image_id"], str) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -59,11 +61,11 @@ def saved_tensors(folder: Path, latent_shape: tuple[int, ...]) -> dict[str, Tens
     Raises:
         ValueError: they are not all there, or not what a model of this shape can draw with.
     """
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     path = folder / "arrays.safetensors"
     try:
-        tensors = load_file(path)
+        tensors = load(read_file(path))
     except (OSError, SafetensorError) as error:
         fault = "missing" if isinstance(error, FileNotFoundError) else f"damaged: {error}"
         raise ValueError(f"its {path.name} is {fault}") from error
@@ -100,7 +102,7 @@ def check_picture(folder: Path, pixels: Tensor) -> None:
 
     path = folder / "target.png"
     try:
-        with Image.open(path) as picture:
+        with Image.open(io.BytesIO(read_file(path))) as picture:
             levels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     except (OSError, ValueError) as error:
         raise ValueError(f"its {path.name} is missing or damaged") from error

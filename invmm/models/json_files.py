@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from invmm.files import file_sha256
+from invmm.files import file_sha256, read_file
 
 _MAX_JSON_BYTES = 1 << 20
 _ATTENTION = (None, "eager", "sdpa")
@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError(f"{path} is too large for a config file")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_file(path).decode("utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; save the model again by save_pretrained") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:

@@ -17,7 +17,7 @@ import torch
 
 from invmm.data.dataset import ImageDataset
 from invmm.data.manifest import list_digest
-from invmm.files import write_atomically
+from invmm.files import read_file, write_atomically
 from invmm.models.adapter import ModelRecipe
 from invmm.replication.replication import Replication
 from invmm.results.run_folder import RunFolder, differences
@@ -67,8 +67,8 @@ def write_manifest(
     path = folder.path / "manifest.json"
     if path.exists():
         try:
-            stored = json.loads(path.read_bytes())["inputs"]
-        except (ValueError, KeyError, TypeError) as error:
+            stored = json.loads(read_file(path))["inputs"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged; choose another run_dir") from error
         if changed := differences(stored, known_to(stored, asdict(inputs))):
             raise ValueError(
@@ -76,6 +76,11 @@ def write_manifest(
                 "choose another run_dir"
             )
         return
+    if any((folder.path / "records").glob("*/record.json")):
+        raise ValueError(
+            f"{path} is missing, so that nothing says with which model the records beside it were "
+            "measured; put it back, or choose another run_dir"
+        )
     manifest = {
         "inputs": asdict(inputs),
         "config_digest": folder.digest,

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from invmm.data.dataset import ImageEntry
 from invmm.engine.outcomes import Status
-from invmm.files import record_key, write_atomically
+from invmm.files import read_file, record_key, write_atomically
 from invmm.inversion.saved import load_record
 
 _RESULTS = ("records/*/record.json", "free_samples/*.safetensors", "checkpoints/*.ckpt", "step_*")
@@ -124,9 +124,12 @@ class RunFolder:
                 for line in file:
                     if line.endswith(b"\n"):
                         position += len(line)
-                        image_id, status = json.loads(line)
-                        if image_id in image_ids:
-                            yield Status(status)
+                        try:
+                            image_id, status = json.loads(line)
+                            if image_id in image_ids:
+                                yield Status(status)
+                        except (ValueError, TypeError):  # torn when a process was killed
+                            continue
 
         return new
 
@@ -169,12 +172,21 @@ class RunFolder:
 
 
 def read_processes(run_dir: Path) -> list[dict[str, Any]]:
-    """How the processes of a run spent their time, the oldest first."""
-    path = run_dir / "processes.jsonl"
-    if not path.exists():
+    """How the processes of a run spent their time, the oldest first; torn lines are left out."""
+    try:
+        lines = read_file(run_dir / "processes.jsonl").splitlines(keepends=True)
+    except OSError:
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [account for line in lines if (account := _account(line)) is not None]
+
+
+def _account(line: bytes) -> dict[str, Any] | None:
+    """What a line of processes.jsonl says; None if it was torn or altered."""
+    try:
+        account = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return account if isinstance(account, dict) else None
 
 
 @dataclass(frozen=True)
@@ -293,7 +305,7 @@ class OwnedRunFolder:
 def stored_config(path: Path) -> dict[str, Any] | None:
     """The content of a run's config.json; None if it is missing, damaged or no run's."""
     try:
-        stored = json.loads((path / "config.json").read_bytes())
+        stored = json.loads(read_file(path / "config.json"))
     except (OSError, ValueError):
         return None
     is_ours = isinstance(stored, dict) and stored.keys() == {"digest", "config"}

@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from invmm.files import file_sha256, record_key, write_atomically
+from invmm.files import file_sha256, read_file, record_key, write_atomically
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):
@@ -62,3 +62,10 @@ def test_a_file_that_was_written_again_is_hashed_again(tmp_path):
         digests += [file_sha256(path), file_sha256(path)]
     assert digests[0] == digests[1] == digests[4] == digests[5]
     assert digests[2] == digests[3] == hashlib.sha256(b"two").hexdigest()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_regular_file_is_refused_and_never_hangs(make, tmp_path):
+    make(tmp_path / "it")
+    with pytest.raises(OSError, match=r"no regular file|Is a directory"):
+        read_file(tmp_path / "it")

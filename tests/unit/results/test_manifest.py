@@ -90,6 +90,14 @@ def test_a_damaged_manifest_is_said(folder):
         write(folder)
 
 
+def test_a_manifest_that_was_taken_away_from_records_is_said(folder):
+    place = folder.record_folder("a")
+    place.mkdir(parents=True)
+    (place / "record.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"manifest.json is missing, so that nothing says"):
+        write(folder)
+
+
 def test_inputs_are_read_from_the_recipes():
     class Model:
         def fingerprint(self):

@@ -258,3 +258,22 @@ def test_accounts_of_processes_come_back_and_half_a_line_does_not(folder):
     with (folder.path / "processes.jsonl").open("a") as file:
         file.write('{"seconds": 9')
     assert read_processes(folder.path) == [{"seconds": 1.5}, {"seconds": 2.5}]
+
+
+def test_torn_lines_and_pipes_leave_no_traceback(folder):
+    folder.note_process({"seconds": 1.5})
+    with (folder.path / "processes.jsonl").open("ab") as file:
+        file.write(b'{"seconds": 2\n\xff\n[1]\n' + b"[" * 10**5 + b'\n{"seconds"')
+    assert read_processes(folder.path) == [{"seconds": 1.5}]
+    new = folder.follow_finished({"a"})
+    with (folder.path / "finished.log").open("ab") as file:
+        file.write(b'["a", "REPL["a", "FAILED"]\n["a", "NEVER"]\n[["a"], "FAILED"]\n7\n')
+    folder.finished("a", Status.FAILED)
+    assert list(new()) == [Status.FAILED]
+    (folder.path / "processes.jsonl").unlink()
+    os.mkfifo(folder.path / "processes.jsonl")
+    assert read_processes(folder.path) == []
+    place = folder.record_folder("a")
+    place.mkdir(parents=True)
+    os.mkfifo(place / "record.json")
+    assert folder.status_of("a") is None
