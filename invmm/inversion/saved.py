@@ -34,7 +34,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
         missing = {"inputs", "config", "config_digest"} - manifest.keys()
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is missing; give the folder of a run") from None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if missing:
         raise ValueError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")

@@ -68,7 +68,7 @@ def write_manifest(
     if path.exists():
         try:
             stored = json.loads(read_file(path))["inputs"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged; choose another run_dir") from error
         if changed := differences(stored, known_to(stored, asdict(inputs))):
             raise ValueError(

@@ -306,7 +306,7 @@ def stored_config(path: Path) -> dict[str, Any] | None:
     """The content of a run's config.json; None if it is missing, damaged or no run's."""
     try:
         stored = json.loads(read_file(path / "config.json"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     is_ours = isinstance(stored, dict) and stored.keys() == {"digest", "config"}
     return stored if is_ours else None

@@ -61,7 +61,7 @@ def measure(run: MeasureRun) -> int:
             run.logger.publish(folder.path, {**run.config, "root_hash": root})
         except OSError as error:
             print(
-                f"the report could not be written: {error}; every record is kept. Make room, then "
+                f"the report could not be made: {error}; every record is kept. Mend this, then "
                 "run the same command again",
                 file=sys.stderr,
             )

@@ -84,8 +84,9 @@ def test_a_manifest_from_before_the_settings_were_hashed_goes_on(folder):
         write(folder, replace(INPUTS, dataset="d2"))
 
 
-def test_a_damaged_manifest_is_said(folder):
-    (folder.path / "manifest.json").write_text("[]")
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 10**5])
+def test_a_damaged_manifest_is_said(folder, content):
+    (folder.path / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
         write(folder)
 
