@@ -68,6 +68,17 @@ def test_a_long_table_says_what_it_leaves_out(frame, monkeypatch):
     assert lines[-1] == "... and 4 more in scores.csv"
 
 
+def test_a_long_list_of_errors_says_what_it_leaves_out(frame, monkeypatch):
+    monkeypatch.setattr(table_module, "MAX_ROWS", 2)
+    failed = frame.assign(status="FAILED", error=[str(n) + "e" * 400 for n in range(len(frame))])
+    failed["score"] = float("nan")
+    lines = summary(failed).splitlines()
+    errors = [line.partition(": ")[2] for line in lines if line.startswith("FAILED ")]
+    assert [error[:2] for error in errors] == ["0e", "1e"]
+    assert {len(error) for error in errors} == {300}
+    assert lines[-1] == f"... and {len(frame) - 2} more without a result in scores.csv"
+
+
 def test_the_summary_counts_by_group_with_intervals(frame):
     lines = summary(frame).splitlines()
     assert lines[0].startswith("duplicated: replicated 2 of 2 (95 % interval 16% to 100%)")
@@ -156,6 +167,7 @@ def test_the_histogram_keeps_the_unreplicated_apart(run_dir, monkeypatch):
     pictures.score_histogram(run_dir, collect(run_dir))
     scores, censored = seen[0].axes
     assert sum(patch.get_height() for patch in scores.patches) == 2
+    assert min(patch.get_x() for patch in scores.patches) == pytest.approx(0, abs=1e-9)
     heights = [patch.get_height() for patch in censored.patches]
     assert sum(heights) == 3
     assert censored.get_xticklabels()[0].get_text() == "not found\nwithin the budget"

@@ -76,6 +76,9 @@ def test_rows_and_columns_stand_in_order():
     assert [text.get_text() for axis in axes for text in axis.texts] == ["one", "two"]
     left = [axis.get_position().x0 for axis in axes]
     assert left[0] < left[1]
+    sides = [axis.get_window_extent() for axis in axes]
+    assert all(side.width > 0.7 * figure.dpi for side in sides)
+    assert figure.get_size_inches().tolist() == pytest.approx([1.5 + 2 * 0.95, 2 * 0.95 + 0.4])
     plt.close(figure)
 
 

@@ -63,6 +63,8 @@ def test_exact_intervals():
     assert every.low**10 == pytest.approx(0.025)
     assert str(none) == "0 of 10 (95 % interval 0% to 31%)"
     assert (proportion(0, 0).low, proportion(0, 0).high) == (0, 1)
+    assert str(proportion(0, 999)) == "0 of 999 (95 % interval 0% to 0%)"
+    assert str(proportion(0, 1000)) == "0 of 1000 (95 % interval 0.0% to 0.4%)"
 
 
 def test_groups_follow_the_copies_then_the_split():

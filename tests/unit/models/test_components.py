@@ -65,6 +65,10 @@ REFUSED = [
     ("sd1 epsilon", "vae", {"scaling_factor": None}, "a finite number is needed"),
     ("sd1 epsilon", "vae", {"scaling_factor": 0.0}, "above 0"),
     ("sdxl", "vae", {"latents_mean": [0.0], "latents_std": [1.0]}, "4 finite numbers"),
+    *(
+        ("sdxl", "vae", {"latents_mean": [0.0] * 3 + [bad], "latents_std": [1.0] * 4}, "4 finite")
+        for bad in (float("nan"), float("inf"), "0.0", True)
+    ),
     (
         "sdxl",
         "vae",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pipelines
@@ -64,6 +65,21 @@ def test_a_digest_is_of_the_settings():
         assert settings_digest(
             {"a": 1, "_class_name": "UNet", "b": {"c": [None, 2.5]}, **other}
         ) != (digest)
+
+
+def test_a_long_file_counts_byte_by_byte(tmp_path):
+    """A tokenizer.json of megabytes is not parsed; of a short one only the settings count."""
+    (tmp_path / "tokenizer").mkdir()
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    digests = []
+    for filler in ("a", "a" * (1 << 20)):
+        for indent in (None, 1):
+            path.write_text(json.dumps({"vocab": filler}, indent=indent))
+            digests.append(settings_digests(tmp_path, ["tokenizer"])["tokenizer/tokenizer.json"])
+    short, short_indented, long, long_indented = digests
+    assert short == short_indented == settings_digest({"vocab": "a"})
+    assert long != long_indented
+    assert long_indented == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_what_is_no_file_is_refused(tmp_path):
