@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.settings_page import PAGE, settings_page
+from settings_page import PAGE, settings_page
 
 
 def test_the_page_of_every_setting_is_that_of_the_code():
