@@ -100,7 +100,7 @@ def records(run_dir: Path) -> dict[str, dict]:
         record = {
             name: value
             for name, value in json.loads(path.read_text()).items()
-            if not name.startswith("seconds")
+            if not name.startswith(("seconds", "checksum"))
         }
         arrays = path.parent / "arrays.safetensors"
         if arrays.exists():

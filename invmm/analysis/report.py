@@ -13,7 +13,7 @@ from invmm.analysis.table import (
     table,
 )
 from invmm.results.collect import collect
-from invmm.results.records import damaged_records
+from invmm.results.records import record_faults
 from invmm.results.run_folder import read_processes
 
 
@@ -21,7 +21,7 @@ def report(run_dir: Path) -> str:
     """Collects the records, draws the pictures, and returns the table and summary as text."""
     frame = collect(run_dir)
     pictures = [gallery(run_dir, frame), score_histogram(run_dir, frame)]
-    damaged = [f"left out, cannot be read: {path}" for path in damaged_records(run_dir)]
+    damaged = [f"left out: {fault}" for fault in record_faults(run_dir)]
     files = ", ".join(str(path) for path in (run_dir / "scores.parquet", *pictures))
     costs = accounting(read_processes(run_dir), frame)
     found = (summary(frame), replicating_share(run_dir, frame), duplicate_groups(frame))

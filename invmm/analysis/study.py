@@ -20,6 +20,7 @@ from invmm.analysis.style import save_figure
 from invmm.exits import Exit
 from invmm.files import write_atomically
 from invmm.results.collect import has_score, is_censored, score_table
+from invmm.results.records import record_faults
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,14 +33,15 @@ def read_run(run_dir: Path) -> pd.DataFrame:
     """The score table of a finished run, from its records.
 
     Raises:
-        SystemExit: there is none; a line names the command that makes it.
+        SystemExit: there is none, or records of it are damaged; a line names the command that
+            makes them.
     """
+    again = f"`make study STUDY={run_dir.parent.name}` measures what is left"
     if not (run_dir / "scores.parquet").is_file():
-        print(
-            f"{run_dir / 'scores.parquet'} is missing; "
-            f"`make study STUDY={run_dir.parent.name}` measures what is left",
-            file=sys.stderr,
-        )
+        print(f"{run_dir / 'scores.parquet'} is missing; {again}", file=sys.stderr)
+        raise SystemExit(Exit.INCOMPLETE)
+    if faults := record_faults(run_dir):
+        print(f"{'; '.join(faults)}; {again}", file=sys.stderr)
         raise SystemExit(Exit.INCOMPLETE)
     return score_table([run_dir]).drop(columns="run")
 

@@ -226,7 +226,7 @@ def accounting(processes: Sequence[Mapping[str, Any]], frame: pd.DataFrame) -> s
     idle, tail = (
         sum(process[f"{kind}_slot_seconds"] for process in processes) for kind in ("idle", "tail")
     )
-    slots = sum(process["slots"] * process["seconds"] for process in processes)
+    slots = sum(process["slots"] * process["seconds"] for process in processes) or 1
     padding = sum(process["padding"] for process in processes)
     rows = sum(process["rows"] for process in processes) + padding
     lines += [

@@ -8,45 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from invmm.engine.outcomes import Status
 from invmm.files import write_atomically
+from invmm.results.columns import COLUMNS
 from invmm.results.groups import MIN_SHARED, near_duplicates
 from invmm.results.records import read_records, read_replicas
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
-
-COLUMNS = {
-    "image_id": "string",
-    "path": "string",
-    "caption": "string",
-    "split": "string",
-    "copies": "Int64",
-    "status": "string",
-    "score": "float64",
-    "score_nats": "float64",
-    "replication_rate": "float64",
-    "best_similarity": "float64",
-    "steps": "Int64",
-    "evaluations_forward": "Int64",
-    "evaluations_backward": "Int64",
-    "evaluations_sampler": "Int64",
-    "seconds": "float64",
-    "seconds_network": "float64",
-    "seconds_sampler": "float64",
-    "seconds_similarity": "float64",
-    "seconds_measurement": "float64",
-    "seconds_preparation": "float64",
-    "error": "string",
-    "seed": "Int64",
-    "config_digest": "string",
-    "schema_version": "Int64",
-    "second_similarity": "float64",
-    "num_samples": "Int64",
-    "sha256": "string",
-    "folder": "string",
-    "near_duplicate_group": "string",
-}
-"""Columns of the table with their types; those of a measurement alone come after."""
 
 
 def score_table(run_dirs: Sequence[Path]) -> pd.DataFrame:

@@ -15,14 +15,13 @@ from PIL import Image
 
 from invmm.data.dataset import ImageEntry, LoadedImage
 from invmm.engine.outcomes import Outcome, Status
-from invmm.files import write_atomically
+from invmm.files import read_file, write_atomically
 from invmm.inversion.saved import load_record
+from invmm.results.damage import SCHEMA_VERSION, VOUCHING, record_fault, vouched
 from invmm.results.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-SCHEMA_VERSION = 2
 
 
 def write_record(
@@ -59,26 +58,35 @@ def write_record(
             for name, values in outcome.curves.items()
         },
     }
-    write_atomically(place / "arrays.safetensors", save(arrays))
+    files = {"arrays.safetensors": save(arrays)}
     if loaded is not None:
-        write_atomically(place / "target.png", _png(loaded.pixels))
+        files["target.png"] = _png(loaded.pixels)
     if outcome.samples is not None:
-        write_atomically(place / "samples.png", _png(torch.cat([*outcome.samples], dim=2)))
-    record = _record(folder, entry, outcome, loaded, seed, second_opinion)
+        files["samples.png"] = _png(torch.cat([*outcome.samples], dim=2))
+    for name, content in files.items():
+        write_atomically(place / name, content)
+    record = vouched(_record(folder, entry, outcome, loaded, seed, second_opinion), files)
     write_atomically(place / "record.json", json.dumps(record, indent=1, allow_nan=False).encode())
     folder.finished(entry.image_id, outcome.status)
 
 
-def read_records(run_dir: Path) -> list[dict[str, Any]]:
-    """All whole records of a run, by image id; `folder` says where each lies.
+def read_records(run_dir: Path, *, only_whole: bool = True) -> list[dict[str, Any]]:
+    """The records of a run, by image id; `folder` says where each lies.
 
     File names need not be UTF-8 but tables must: bytes that are not are shown escaped.
+
+    Args:
+        run_dir: folder of the run.
+        only_whole: leave out damaged records, otherwise only those that cannot be read at all.
+
+    Raises:
+        ValueError: a record was written by a later version of this package.
     """
     records = []
     for path in (run_dir / "records").glob("*/record.json"):
         record = load_record(path)
-        if record is not None:
-            shown = {name: _encodable(value) for name, value in record.items()}
+        if record is not None and not (only_whole and record_fault(path.parent)):
+            shown = {n: _encodable(value) for n, value in record.items() if n not in VOUCHING}
             records.append({**shown, "folder": path.parent.name})
     return sorted(records, key=lambda record: record["image_id"])
 
@@ -104,30 +112,30 @@ def why_nothing_is_measured(folder: RunFolder, entries: Sequence[ImageEntry]) ->
     return f"{line}. The same command with retry_failed=true measures again the images that FAILED"
 
 
-def damaged_records(run_dir: Path) -> list[Path]:
-    """Records that cannot be read; a rerun measures their images again."""
+def unreadable_records(run_dir: Path) -> list[Path]:
+    """Each record.json that says neither which image it is of nor how that ended."""
     paths = sorted((run_dir / "records").glob("*/record.json"))
     return [path for path in paths if load_record(path) is None]
 
 
+def record_faults(run_dir: Path) -> list[str]:
+    """What is damaged, one line a record; a rerun measures their images again."""
+    places = sorted(path.parent for path in (run_dir / "records").glob("*/record.json"))
+    return [fault for place in places if (fault := record_fault(place))]
+
+
 def read_curves(run_dir: Path, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Name -> values of an image's curves."""
-    from safetensors.numpy import load_file
-
-    arrays = load_file(run_dir / "records" / record["folder"] / "arrays.safetensors")
     return {
         name.removeprefix("curve/"): values
-        for name, values in arrays.items()
+        for name, values in _arrays(run_dir, record).items()
         if name.startswith("curve/")
     }
 
 
 def read_replicas(run_dir: Path, record: Mapping[str, Any]) -> np.ndarray:
     """Indices of the free samples that replicate an image; empty if none were counted."""
-    from safetensors.numpy import load_file
-
-    path = run_dir / "records" / record["folder"] / "arrays.safetensors"
-    return load_file(path).get("replicas", np.empty(0, np.int64))
+    return _arrays(run_dir, record).get("replicas", np.empty(0, np.int64))
 
 
 def read_pictures(run_dir: Path, record: Mapping[str, Any]) -> list[np.ndarray]:
@@ -135,11 +143,20 @@ def read_pictures(run_dir: Path, record: Mapping[str, Any]) -> list[np.ndarray]:
     place = run_dir / "records" / record["folder"]
     if not (place / "target.png").exists():
         return []
-    pictures = [np.array(Image.open(place / "target.png"))]
-    if (place / "samples.png").exists():
-        strip = np.array(Image.open(place / "samples.png"))
-        pictures += np.split(strip, record["num_samples"], axis=1)
+    pictures = [_picture(place / "target.png")]
+    if record["num_samples"]:
+        pictures += np.split(_picture(place / "samples.png"), record["num_samples"], axis=1)
     return pictures
+
+
+def _arrays(run_dir: Path, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load
+
+    return load(read_file(run_dir / "records" / record["folder"] / "arrays.safetensors"))
+
+
+def _picture(path: Path) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(read_file(path))))
 
 
 def _record(

@@ -5,6 +5,7 @@ run_dir/records/KEY/record.json  one folder an image; its record is written last
 run_dir/finished.log             one line a record, in the order they were finished
 run_dir/processes.jsonl          how each process that came to its end spent its time
 run_dir/free_samples/            embeddings of a bank of free samples, one file a block
+run_dir/damaged/                 what a rerun found damaged and made anew
 run_dir/locks/                   held by processes at work; the kernel frees them when one dies
 
 A folder belongs to one config from its first result on. After a run that ended without any, another
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,11 +29,15 @@ from invmm.data.dataset import ImageEntry
 from invmm.engine.outcomes import Status
 from invmm.files import read_file, record_key, write_atomically
 from invmm.inversion.saved import load_record
+from invmm.results.damage import set_aside, set_irregular_aside, set_records_aside
 
 _RESULTS = ("records/*/record.json", "free_samples/*.safetensors", "checkpoints/*.ckpt", "step_*")
 """Results of measuring, then of training; a folder with any of them belongs to its config."""
 _BEFORE_RESULTS = ("config.json", "manifest.json", "rows.json", "processes.jsonl")
 """Files that a run may write before its first result."""
+_ACCOUNTED = ("seconds", "consumer", "idle_slot_seconds", "tail_slot_seconds", "slots", "rows",
+              "padding")  # fmt: skip
+"""Numbers of a process, beside the seconds `by_kind`."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,15 @@ class RunFolder:
         """How the image ended, None if it has no whole record."""
         record = load_record(self.record_folder(image_id) / "record.json")
         return None if record is None else Status(record["status"])
+
+    def set_damaged_aside(self, entries: Sequence[ImageEntry]) -> list[str]:
+        """Sets the damaged records of these images aside; a line each.
+
+        Raises:
+            ValueError: a record was written by a later version of this package.
+        """
+        places = [self.record_folder(entry.image_id) for entry in entries]
+        return set_records_aside(self.path, places)
 
     def pending(self, entries: Sequence[ImageEntry], *, retry_failed: bool) -> list[ImageEntry]:
         """The images without a record; on request those that FAILED too, their records removed."""
@@ -117,7 +132,7 @@ class RunFolder:
 
         def new() -> Iterator[Status]:
             nonlocal position
-            if not log.exists():
+            if not log.is_file():
                 return
             with log.open("rb") as file:
                 file.seek(position)
@@ -128,8 +143,8 @@ class RunFolder:
                             image_id, status = json.loads(line)
                             if image_id in image_ids:
                                 yield Status(status)
-                        except (ValueError, TypeError):  # torn when a process was killed
-                            continue
+                        except (ValueError, TypeError, RecursionError):
+                            continue  # torn when a process was killed
 
         return new
 
@@ -163,12 +178,23 @@ class RunFolder:
         Args:
             name: of the file in the folder that keeps it.
             decide: called by one process only; the others wait.
+
+        Raises:
+            ValueError: the file is damaged or missing, but results rest on it.
         """
         path = self.path / name
         with self.exclusive(name):
-            if not path.exists():
-                write_atomically(path, json.dumps(decide(), indent=1).encode())
-            return json.loads(path.read_bytes())
+            try:
+                return dict(json.loads(read_file(path)))
+            except (OSError, ValueError, TypeError, RecursionError) as error:
+                if any(self.path.glob("records/*/record.json")):
+                    raise ValueError(
+                        f"{path} is missing or damaged, and the records beside it rest on what it "
+                        "said; put it back, or choose another run_dir"
+                    ) from error
+            decided = decide()
+            write_atomically(path, json.dumps(decided, indent=1).encode())
+            return decided
 
 
 def read_processes(run_dir: Path) -> list[dict[str, Any]]:
@@ -181,12 +207,13 @@ def read_processes(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _account(line: bytes) -> dict[str, Any] | None:
-    """What a line of processes.jsonl says; None if it was torn or altered."""
+    """What a line of processes.jsonl says, None if it was torn or altered."""
     try:
-        account = json.loads(line) if line.endswith(b"\n") else None
-    except (ValueError, RecursionError):
+        account = json.loads(line) if line.endswith(b"\n") else {}
+        numbers = [*(account[name] for name in _ACCOUNTED), *account["by_kind"].values()]
+        return account if all(math.isfinite(number) for number in numbers) else None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
-    return account if isinstance(account, dict) else None
 
 
 @dataclass(frozen=True)
@@ -222,6 +249,7 @@ class OwnedRunFolder:
         self._locks: list[IO[bytes] | None] = []
         try:
             path.mkdir(parents=True, exist_ok=True)
+            set_irregular_aside(path)
             with (path / "opening.lock").open("ab") as opening:
                 # One run at a time looks for other runs in the folder and for its config.
                 fcntl.flock(opening, fcntl.LOCK_EX)
@@ -287,19 +315,36 @@ class OwnedRunFolder:
 
     def _belongs_to(self, config: Mapping[str, Any]) -> None:
         path = self._folder.path / "config.json"
-        if not path.exists():
-            content = {"digest": self._folder.digest, "config": config}
-            write_atomically(path, json.dumps(content, indent=1).encode())
-            return
         stored = stored_config(self._folder.path)
         if stored is None:
-            raise ValueError(f"{path} is damaged or not a run's; choose another run_dir")
-        if stored["digest"] != self._folder.digest:
+            self._check_without_config(path)
+            content = {"digest": self._folder.digest, "config": config}
+            write_atomically(path, json.dumps(content, indent=1).encode())
+        elif stored["digest"] != self._folder.digest:
             raise ValueError(
                 f"run_dir={self._folder.path} holds a run of another config "
                 f"({'; '.join(differences(stored['config'], config)) or 'see its config.json'}); "
                 "choose another run_dir or use the same values"
             )
+
+    def _check_without_config(self, path: Path) -> None:
+        """Where config.json is missing or damaged, the manifest must name the config of results."""
+        has_results = any(any(path.parent.glob(pattern)) for pattern in _RESULTS)
+        fault = "is damaged or not a run's" if os.path.lexists(path) else "is missing"
+        if has_results:
+            try:
+                noted = json.loads(read_file(path.parent / "manifest.json"))["config_digest"]
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                noted = None
+            if noted != self._folder.digest:
+                raise ValueError(
+                    f"{path} {fault}, and manifest.json beside it does not say that the results "
+                    "there are of this config; put it back, or choose another run_dir"
+                )
+        if os.path.lexists(path):
+            if not has_results:
+                raise ValueError(f"{path} {fault}; choose another run_dir")
+            set_aside(path.parent, path)
 
 
 def stored_config(path: Path) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from invmm.results.run_folder import RunFolder
 
 _SEALED = ("config.json", "records/*/*", "free_samples/*", "gallery.png", "scores.png")
 """Tables are left out: they hold seconds, and follow from the records."""
-_VOLATILE = ("seconds", "config_digest")
+_VOLATILE = ("seconds", "config_digest", "checksum")
 """How the keys of a record begin that another run of the same command need not repeat."""
 
 

@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
 
 from invmm.engine.engine import Engine
 from invmm.engine.finiteness import Stage, check_finite
 from invmm.engine.outcomes import NonFiniteError, Outcome, Status
 from invmm.engine.protocols import Setting, Target
 from invmm.engine.slots import Job
-from invmm.files import write_atomically
 from invmm.probability.bank import Bank, DrawnBank
+from invmm.results.free_samples import read_block, write_block
 from invmm.results.run_folder import Claim, RunFolder
 
 _SECONDS_BETWEEN_LOOKS = 0.5
@@ -44,7 +43,7 @@ def draw_bank(
     while missing := [block for block, file in enumerate(files) if not file.exists()]:
         if not _draw_blocks(missing, files, bank, target, setting, engine, folder):
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-    embeddings = torch.cat([load_file(file)["embeddings"] for file in files])
+    embeddings = torch.cat([read_block(file) for file in files])
     check_finite([(Stage.SIMILARITY, embeddings)])
     return DrawnBank(bank, embeddings)
 
@@ -80,6 +79,6 @@ def _draw_blocks(
                 raise NonFiniteError(outcome.error)
             if outcome.error is not None:
                 raise ValueError(f"{job.key} could not be drawn: {outcome.error}")
-            write_atomically(file, save(dict(outcome.tensors)))
+            write_block(file, outcome.tensors["embeddings"])
         drawn += 1
     return drawn

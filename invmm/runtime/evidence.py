@@ -29,7 +29,7 @@ def chosen_records(run_dir: Path, image_ids: Sequence[str]) -> list[dict[str, An
     Raises:
         ValueError: none that could be.
     """
-    records = read_records(run_dir)
+    records = read_records(run_dir, only_whole=False)
     if not records:
         raise ValueError(f"{run_dir} holds no records; give the folder of a run")
     if others := sorted({record["status"] for record in records} - SEARCHED):

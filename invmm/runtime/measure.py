@@ -11,10 +11,13 @@ import torch
 
 from invmm.analysis.report import report
 from invmm.data.dataset import ImageDataset, ImageEntry, ImageError
+from invmm.engine.outcomes import Status
 from invmm.exits import Exit
 from invmm.inversion.saved import load_record
+from invmm.probability.bank import BankMeasurement
+from invmm.results.free_samples import set_blocks_aside
 from invmm.results.manifest import Inputs, write_manifest
-from invmm.results.records import why_nothing_is_measured
+from invmm.results.records import read_records, why_nothing_is_measured
 from invmm.results.run_folder import RunFolder
 from invmm.results.seal import seal
 from invmm.runtime.plan import MeasureRun
@@ -48,11 +51,13 @@ def measure(run: MeasureRun) -> int:
             folder, inputs, config=run.config, seed=run.seed, problems=list(dataset.problems)
         )
         entries = run.shard.of(dataset.entries) if run.shard else dataset.entries
+        for damaged in (*folder.set_damaged_aside(entries), *set_blocks_aside(folder)):
+            print(damaged, file=sys.stderr)
         pending = folder.pending(entries, retry_failed=run.retry_failed)
         _refuse_replaced(folder, dataset, entries)
         _announce(run, dataset, len(entries), len(pending))
         exit_code = Exit.DONE
-        if pending:
+        if pending or _lacks_blocks(run, folder):
             exit_code = _measure_pending(run, folder, dataset, pending)
         try:
             print(report(folder.path), flush=True)
@@ -70,6 +75,19 @@ def measure(run: MeasureRun) -> int:
             print(failure, file=sys.stderr)
             return Exit.INCOMPLETE
     return exit_code
+
+
+def _lacks_blocks(run: MeasureRun, folder: RunFolder) -> bool:
+    """Whether estimates of the run rest on free samples of which some are no longer there."""
+    recipe = run.measurement
+    if not (isinstance(recipe, BankMeasurement) and run.prompt.is_shared):
+        return False
+    bank = recipe.bank(0, run.model.describe().latent_shape, run.sampler)
+    is_whole = all(folder.bank_block(block).exists() for block in range(bank.num_blocks))
+    return not is_whole and any(
+        Status(record["status"]) in (Status.ESTIMATED, Status.CENSORED)
+        for record in read_records(folder.path)
+    )
 
 
 def _refuse_replaced(

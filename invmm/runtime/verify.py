@@ -30,8 +30,8 @@ from invmm.inversion.confirmation import Basis, Confirmation, confirm
 from invmm.inversion.saved import check_picture, saved_noise, saved_tensors
 from invmm.models.execution import LoadedNetwork
 from invmm.results.collect import table_faults
-from invmm.results.records import SCHEMA_VERSION as SCHEMA
-from invmm.results.records import damaged_records, read_records
+from invmm.results.damage import SCHEMA_VERSION
+from invmm.results.records import read_records, unreadable_records
 from invmm.results.seal import seal_faults
 from invmm.runtime.conditions import Conditions
 from invmm.runtime.evidence import DRAWN_FROM, checked_network
@@ -99,7 +99,7 @@ def verify(task: Verification) -> int:
     verifier = Verifier(task, searching, network)
     findings = verifier.findings()
     if task.is_all:
-        findings += [_unreadable(path) for path in damaged_records(run_dir)]
+        findings += [_unreadable(path) for path in unreadable_records(run_dir)]
         findings += verifier.without_record()
     faults = seal_faults(run_dir, task.manifest, task.root_hash) + table_faults(run_dir)
     report = {
@@ -152,7 +152,7 @@ class Verifier:
         entries = self.dataset.entries
         self.entries = {record_key(entry.image_id): entry for entry in entries}
         self.is_same_list = list_digest(entries) == task.manifest["inputs"]["dataset"]
-        num_records = len(read_records(run.run_dir))
+        num_records = len(read_records(run.run_dir, only_whole=False))
         self.alpha = task.rules.alpha(num_records)
         self.num_samples = task.num_samples or task.rules.fresh_samples(num_records)
         self._judged: dict[str, Finding] = {}
@@ -204,9 +204,10 @@ class Verifier:
         key, faults = record["folder"], []
         if key != record_key(record["image_id"]):
             faults.append(f"its folder is {key}, that of {record['image_id']} another one")
-        for name, known in (("seed", self.task.manifest.get("seed")), ("schema_version", SCHEMA)):
-            if record.get(name) != known:
-                faults.append(f"its {name} is {record.get(name)}, that of the run {known}")
+        if record.get("seed") != (known := self.task.manifest.get("seed")):
+            faults.append(f"its seed is {record.get('seed')}, that of the run {known}")
+        if (version := record.get("schema_version")) not in (2, SCHEMA_VERSION):
+            faults.append(f"its schema_version is {version}, known are 2 and {SCHEMA_VERSION}")
         entry = self.entries.get(key)
         if entry is not None and self.task.has_images:
             for name in ("caption", "split", "copies"):

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import written
 from safetensors.torch import load_file, save_file
 
 from invmm.cli import verify
@@ -72,6 +73,8 @@ class Folder:
 
     def seal(self) -> str:
         """Makes all fit together again; the root hash that a forger would hand over."""
+        for path in self.path.glob("records/*/record.json"):
+            written.vouch(path.parent)
         try:
             collect(self.path)
         except (ValueError, TypeError, OverflowError):  # of numbers that no table can hold

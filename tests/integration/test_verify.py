@@ -68,8 +68,7 @@ def replicated(run: Path) -> dict:
 
 
 def tamper(run: Path, record: dict, **changes) -> None:
-    path = run / "records" / record["folder"] / "record.json"
-    path.write_text(json.dumps({**json.loads(path.read_bytes()), **changes}))
+    written.vouch(run / "records" / record["folder"], **changes)
 
 
 def tamper_arrays(run: Path, record: dict, change) -> None:

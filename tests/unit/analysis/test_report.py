@@ -132,7 +132,7 @@ def test_the_report_names_damaged_records(run_dir):
         path = folder.record_folder("few") / "record.json"
     path.write_text("{")
     text = report(run_dir)
-    assert f"left out, cannot be read: {path}" in text
+    assert f"left out: {path} cannot be read" in text
     assert "few" not in pd.read_csv(run_dir / "scores.csv").image_id.tolist()
 
 

@@ -111,8 +111,21 @@ def test_a_run_is_what_its_records_say(tmp_path):
     collect(run_dir)
     assert read_run(run_dir).score.min() == 0.02
     (record,) = run_dir.glob("records/many-*/record.json")
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"score": 0.01}))
+    written.vouch(record.parent, score=0.01)
     assert read_run(run_dir).score.min() == 0.01
+
+
+def test_a_study_never_leaves_a_damaged_record_out(tmp_path, capsys):
+    run_dir = written.write_run(tmp_path / "mine" / "run")
+    collect(run_dir)
+    (record,) = run_dir.glob("records/many-*/record.json")
+    (record.parent / "samples.png").unlink()
+    with pytest.raises(SystemExit) as end:
+        read_run(run_dir)
+    assert end.value.code == 3
+    assert f"{record.parent / 'samples.png'} is missing; `make study STUDY=mine`" in (
+        capsys.readouterr().err
+    )
 
 
 def figures_of(study: Path, results: Path, summary: dict[str, float]) -> dict[str, bytes]:

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from invmm.engine.outcomes import Outcome, Status
 from invmm.results import records as module
 from invmm.results.records import (
-    damaged_records,
     read_curves,
     read_pictures,
     read_records,
+    record_faults,
+    unreadable_records,
     why_nothing_is_measured,
 )
 from invmm.results.run_folder import RunFolder
@@ -38,7 +39,7 @@ def test_a_record_holds_all_that_was_found(folder):
     written.write(folder, written.entry("a.png", 4, "a cat"), result)
     (record,) = read_records(folder.path)
     assert record == {
-        "schema_version": 2,
+        "schema_version": 3,
         "image_id": "a.png",
         "path": "/images/a.png",
         "sha256": "ab" * 32,
@@ -173,7 +174,8 @@ def test_a_damaged_record_is_measured_again_and_named(folder, content):
     path.write_bytes(content)
     assert folder.status_of("a") is None
     assert [record["image_id"] for record in read_records(folder.path)] == ["b"]
-    assert damaged_records(folder.path) == [path]
+    assert unreadable_records(folder.path) == [path]
+    assert record_faults(folder.path) == [f"{path} cannot be read"]
     claim = folder.claim("a")
     assert claim is not None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import signal
@@ -12,6 +13,7 @@ import sys
 import pytest
 import written
 
+from invmm.engine.accounting import EngineSummary
 from invmm.engine.outcomes import Outcome, Status
 from invmm.results.run_folder import RunFolder, differences, read_processes
 
@@ -251,20 +253,35 @@ def test_what_one_process_decides_holds_for_all(folder):
     assert asked == [1]
 
 
+def account(seconds: float) -> dict:
+    return {**EngineSummary(seconds=seconds, slots=1).as_dict(), "host": "here"}
+
+
 def test_accounts_of_processes_come_back_and_half_a_line_does_not(folder):
     assert read_processes(folder.path) == []
-    folder.note_process({"seconds": 1.5})
-    folder.note_process({"seconds": 2.5})
+    folder.note_process(account(1.5))
+    folder.note_process(account(2.5))
     with (folder.path / "processes.jsonl").open("a") as file:
-        file.write('{"seconds": 9')
-    assert read_processes(folder.path) == [{"seconds": 1.5}, {"seconds": 2.5}]
+        file.write(json.dumps(account(9)))
+    assert read_processes(folder.path) == [account(1.5), account(2.5)]
+
+
+@pytest.mark.parametrize("line", [
+    {}, [], None, 7, "x", {"seconds": 1}, {**account(1), "by_kind": None},
+    {**account(1), "by_kind": {"network": "1"}}, {**account(1), "seconds": math.nan},
+    {**account(1), "rows": 10**400}, {**account(1), "slots": None},
+])  # fmt: skip
+def test_accounts_that_say_no_times_are_left_out(folder, line):
+    with (folder.path / "processes.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    assert read_processes(folder.path) == []
 
 
 def test_torn_lines_and_pipes_leave_no_traceback(folder):
-    folder.note_process({"seconds": 1.5})
+    folder.note_process(account(1.5))
     with (folder.path / "processes.jsonl").open("ab") as file:
         file.write(b'{"seconds": 2\n\xff\n[1]\n' + b"[" * 10**5 + b'\n{"seconds"')
-    assert read_processes(folder.path) == [{"seconds": 1.5}]
+    assert read_processes(folder.path) == [account(1.5)]
     new = folder.follow_finished({"a"})
     with (folder.path / "finished.log").open("ab") as file:
         file.write(b'["a", "REPL["a", "FAILED"]\n["a", "NEVER"]\n[["a"], "FAILED"]\n7\n')
