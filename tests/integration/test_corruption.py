@@ -140,20 +140,20 @@ def damaged_model(request, tmp_path_factory):
         tiny.save_model(place / "model")
     else:
         pipelines.seeded(pipelines.stable_diffusion).save_pretrained(place / "model")
-    size = 8 if request.param == "pixel" else 16
-    return place / "model", tiny.save_images(place / "images", 1), size
+    prompt = "none" if request.param == "pixel" else "empty"
+    return place / "model", tiny.save_images(place / "images", 1), f"prompt={prompt}"
 
 
 @pytest.mark.parametrize(
     "seed", [*range(8), *(pytest.param(n, marks=pytest.mark.slow) for n in range(8, 110))]
 )
 def test_a_damaged_model_is_measured_or_refused(seed, damaged_model, tmp_path, capsys):
-    model, images, _ = damaged_model
+    model, images, prompt = damaged_model
     rng = random.Random(seed)
     kept = shutil.copytree(model, tmp_path / "kept")
     done = [damage(model, rng) for _ in range(rng.choice([1, 1, 3]))]
     try:
-        command = tiny.command(model, images, tmp_path / "run", "inversion.num_steps=5")
+        command = tiny.command(model, images, tmp_path / "run", "inversion.num_steps=5", prompt)
         planned, planned_errors = ended([*command, "dry_run=true"], capsys)
         assert (planned, len(planned_errors)) in ((0, 0), (2, 1)), (done, planned_errors)
         code, errors = ended(command, capsys)
