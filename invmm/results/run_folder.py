@@ -33,7 +33,8 @@ from invmm.results.damage import set_aside, set_irregular_aside, set_records_asi
 
 _RESULTS = ("records/*/record.json", "free_samples/*.safetensors", "checkpoints/*.ckpt", "step_*")
 """Results of measuring, then of training; a folder with any of them belongs to its config."""
-_BEFORE_RESULTS = ("config.json", "manifest.json", "rows.json", "processes.jsonl")
+_BEFORE_RESULTS = ("config.json", "manifest.json", "rows.json", "processes.jsonl",
+                   "training_manifest.json")  # fmt: skip
 """Files that a run may write before its first result."""
 _ACCOUNTED = ("seconds", "consumer", "idle_slot_seconds", "tail_slot_seconds", "slots", "rows",
               "padding")  # fmt: skip

@@ -30,7 +30,13 @@ from invmm.runtime.signals import Interrupted, interruptible, raise_on_signals
 from invmm.runtime.trainer import TrainerSettings
 from invmm.runtime.training import TrainingSettings
 from invmm.runtime.training_data import TrainingImages, read_training_set
-from invmm.runtime.training_export import FINAL, AveragedWeights, DivergedError, Export, Finiteness
+from invmm.runtime.training_export import AveragedWeights, DivergedError, Export, Finiteness
+from invmm.runtime.training_folder import (
+    FINAL,
+    check_images,
+    exports_to_make,
+    newest_checkpoint,
+)
 
 _LOG_EVERY = 50
 
@@ -72,17 +78,20 @@ def train(run: TrainRun) -> int:
     """
     run.training.check_devices(run.trainer.devices)
     with RunFolder.open(run.run_dir, config=run.config, digest=run.digest) as folder:
-        if (folder.path / FINAL).exists():
-            print(f"already trained: {folder.path / FINAL}")
-            return Exit.DONE
         dataset = run.dataset.open(run.model.image_size)
         images, manifest = read_training_set(dataset, run.seed)
+        check_images(folder.path, manifest)
+        missing = exports_to_make(folder.path, run.training.num_steps)
+        if not missing:
+            print(f"already trained: {folder.path / FINAL}")
+            return Exit.DONE
+        checkpoint = newest_checkpoint(folder.path, before=min(missing))
         pl.seed_everything(run.seed, verbose=False)
         trainee = run.model.start(_captions(dataset, manifest))
         exit_code, reason = Exit.INCOMPLETE, "a process ended early"
         try:
             with interruptible():
-                _fit(TrainModule(trainee, run, images), run, manifest)
+                _fit(TrainModule(trainee, run, images), run, manifest, checkpoint)
         except Interrupted as signal:
             exit_code, reason = signal.exit_code, f"stopped by {signal}"
         except WORKER_DEATHS as error:
@@ -190,8 +199,9 @@ class _Steps:
         return iter(range(self._count))
 
 
-def _fit(module: TrainModule, run: TrainRun, manifest: TrainingManifest) -> None:
-    checkpoints = run.run_dir / "checkpoints"
+def _fit(
+    module: TrainModule, run: TrainRun, manifest: TrainingManifest, checkpoint: str | None
+) -> None:
     averaged = AveragedWeights(run.training.ema_decay)
     with own_processes(
         run.trainer,
@@ -206,7 +216,7 @@ def _fit(module: TrainModule, run: TrainRun, manifest: TrainingManifest) -> None
             Export(run.run_dir, run.training, averaged, manifest),
             TrainingBar(),
             ModelCheckpoint(
-                dirpath=checkpoints,
+                dirpath=run.run_dir / "checkpoints",
                 filename="{step:08d}",
                 monitor="step",
                 mode="max",
@@ -216,17 +226,4 @@ def _fit(module: TrainModule, run: TrainRun, manifest: TrainingManifest) -> None
             ),
         ],
     ) as trainer:
-        trainer.fit(module, _Steps(run.training.num_steps), ckpt_path=_newest(checkpoints))
-
-
-def _newest(checkpoints: Path) -> str | None:
-    """The last checkpoint that is whole; one that a kill cut short is removed."""
-    for path in sorted(checkpoints.glob("*.ckpt"), reverse=True):
-        try:
-            torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # whatever a truncated file makes torch raise
-            print(f"damaged and removed: {path}", file=sys.stderr)
-            path.unlink()
-            continue
-        return str(path)
-    return None
+        trainer.fit(module, _Steps(run.training.num_steps), ckpt_path=checkpoint)

@@ -16,9 +16,7 @@ from torch import Tensor
 from invmm.data.manifest import TrainingManifest
 from invmm.models.architectures import Trainee
 from invmm.runtime.training import TrainingSettings
-
-FINAL = "final"
-MANIFEST = "training_manifest.json"
+from invmm.runtime.training_folder import MANIFEST, link_final, note_export
 
 
 def _average(
@@ -112,8 +110,9 @@ class Export(pl.Callback):
         if step in self.steps and trainer.is_global_zero:
             name = f"step_{step:06d}"
             self._export(self.run_dir / name)
+            note_export(self.run_dir, self.run_dir / name)
             if step == self.last:
-                self._link(name)
+                link_final(self.run_dir, name)
 
     def _export(self, folder: Path) -> None:
         """Whole or not at all."""
@@ -123,9 +122,3 @@ class Export(pl.Callback):
         self.manifest.write(temporary / MANIFEST)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-
-    def _link(self, name: str) -> None:
-        link = self.run_dir / f".{FINAL}.tmp"
-        link.unlink(missing_ok=True)
-        link.symlink_to(name)
-        os.replace(link, self.run_dir / FINAL)

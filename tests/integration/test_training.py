@@ -280,14 +280,84 @@ def test_a_killed_training_goes_on_to_the_same_weights_bit_by_bit(
     assert exports(tmp_path / "run") == exports(uninterrupted)
 
 
-def test_a_checkpoint_that_was_cut_short_is_passed_over(train, uninterrupted, tmp_path):
-    assert train(tmp_path / "run", at=7).code == -signal.SIGKILL
-    newest = max((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
-    newest.write_bytes(newest.read_bytes()[:2000])
-    ended = train(tmp_path / "run")
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def flip_one_bit(path: Path) -> None:
+    """In the middle of the weights, where torch.load reads on without a word."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("damage", [cut_short, flip_one_bit, pipe])
+def test_a_damaged_checkpoint_is_set_aside(damage, train, uninterrupted, tmp_path):
+    run_dir = tmp_path / "run"
+    assert train(run_dir, at=7).code == -signal.SIGKILL
+    newest = max((run_dir / "checkpoints").glob("*.ckpt"))
+    damage(newest)
+    ended = train(run_dir)
     assert ended.code == 0
-    assert f"damaged and removed: {newest}" in ended.output
-    assert exports(tmp_path / "run") == exports(uninterrupted)
+    place = run_dir / "damaged" / newest.name
+    assert f"{newest} is damaged; set aside in {place}" in ended.output
+    assert exports(run_dir) == exports(uninterrupted)
+
+
+@pytest.mark.parametrize("damage", [cut_short, flip_one_bit, pipe, Path.unlink])
+@pytest.mark.parametrize("step", ["step_000004", "step_000010"])
+def test_a_damaged_export_is_made_again(damage, step, train, uninterrupted, tmp_path):
+    run_dir = shutil.copytree(uninterrupted, tmp_path / "run", symlinks=True)
+    damage(run_dir / step / WEIGHTS)
+    ended = train(run_dir)
+    assert ended.code == 0, ended.output
+    assert f"{run_dir / step / WEIGHTS}" in ended.output
+    assert f"set aside in {run_dir / 'damaged' / step}, trained again" in ended.output
+    assert exports(run_dir) == exports(uninterrupted)
+    assert "already trained" in train(run_dir).output
+
+
+def test_the_last_export_is_made_again_and_one_deleted_on_purpose_is_not(
+    train, uninterrupted, tmp_path
+):
+    run_dir = shutil.copytree(uninterrupted, tmp_path / "run", symlinks=True)
+    shutil.rmtree(run_dir / "step_000004")
+    assert "already trained" in train(run_dir).output
+    (run_dir / "final").unlink()
+    assert "already trained" in train(run_dir).output
+    assert (run_dir / "final").readlink() == Path("step_000010")
+    shutil.rmtree(run_dir / "step_000010")
+    assert train(run_dir).code == 0
+    assert exports(run_dir).items() < exports(uninterrupted).items()
+    assert (run_dir / "final" / WEIGHTS).is_file()
+
+
+CHANGED = {
+    "gone": ({"three": 3, "broken": 1, "held": 0}, "one is gone"),
+    "added": ({**COPIES, "five": 1}, "five is new"),
+    "more copies": ({**COPIES, "one": 2}, "one changed"),
+    "another order": (dict(reversed(COPIES.items())), "their order changed"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_other_images_are_refused_by_name(name, is_finished, train, uninterrupted, tmp_path):
+    """Before, a training went on with what was left, and its manifest forgot the others."""
+    run_dir = tmp_path / "run"
+    if is_finished:
+        shutil.copytree(uninterrupted, run_dir, symlinks=True)
+    else:
+        assert train(run_dir, at=7).code == -signal.SIGKILL
+    copies, fault = CHANGED[name]
+    ended = train(run_dir, dataset=FewImages(copies=tuple(copies.items())))
+    assert ended.code == 2
+    assert f"run_dir={run_dir} trains on other images ({fault}); put them back" in ended.output
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
