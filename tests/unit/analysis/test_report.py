@@ -328,6 +328,7 @@ def test_near_duplicates_are_listed_and_stored(bank_dir):
     assert lines[at - 2].startswith("free samples that replicate any training image: 10 of 100 (")
     assert lines[at - 1].startswith("free samples that replicate any held_out image: 2 of 100 (")
     assert lines[at + 1 : at + 3] == ["  common, alike", "  alike too, twin"]
+    assert not any(line.startswith("...") for line in lines)
     for stored in (pd.read_csv(bank_dir / "scores.csv"), score_table([bank_dir])):
         groups = stored.set_index("image_id").near_duplicate_group.dropna().to_dict()
         assert groups == {

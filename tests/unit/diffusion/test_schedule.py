@@ -115,6 +115,22 @@ def test_no_level_of_a_cosine_schedule_takes_all_draws_and_expectations_are_kept
     assert share == pytest.approx(most, abs=5 * (most / 20_000) ** 0.5)
 
 
+@pytest.mark.parametrize("num_dominant", [1, 2, 5])
+def test_the_levels_that_dominate_are_cut_to_the_share_that_is_allowed(num_dominant):
+    """However many they are; the limit by bisection."""
+    betas = [1e-4] * (1000 - num_dominant) + [0.9999] + [0.3] * (num_dominant - 1)
+    schedule = NoiseSchedule.from_config({**COSINE, "trained_betas": betas})
+    whole, low, high = schedule.clean_latents_weights.double(), 0.0, 1e12
+    for _ in range(200):
+        middle = (low + high) / 2
+        is_above = middle > 0.05 * whole.clamp(max=middle).sum().item()
+        low, high = (low, middle) if is_above else (middle, high)
+    assert (whole > low).sum() == num_dominant
+    torch.testing.assert_close(
+        schedule.draw_weights.double(), whole.clamp(max=low), rtol=1e-5, atol=0
+    )
+
+
 def test_the_mean_over_levels_drawn_by_weight_is_that_over_all():
     schedule = NoiseSchedule.from_config(COSINE)
     values = 1 + torch.arange(1000) / 250 * (torch.arange(1000) % 7 == 0)

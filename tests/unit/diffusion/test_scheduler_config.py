@@ -87,6 +87,8 @@ BUILT = {
         of("HeunDiscreteScheduler", rescale_betas_zero_snr=True, prediction_type="v_prediction"),
         "rescale_betas_zero_snr=true is ignored by the HeunDiscreteScheduler.*DDIMScheduler"),
     "negative": (of(EULER, beta_start=-0.1), "the betas reach from -0.1 to 0.02"),
+    "zero": (of(EULER, beta_start=0.0), "the betas reach from 0 to 0.02"),
+    "one": (of(EULER, beta_end=1.0), "the betas reach from 0.0001 to 1"),
     "above one": (of(EULER, beta_end=2.0), "the betas reach from 0.0001 to 2"),
     "nan": (of(EULER, beta_end=float("nan")), "the betas reach from nan"),
     "null": (of(EULER, beta_start=None), "the noise schedule of it is unusable"),

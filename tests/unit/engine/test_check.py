@@ -18,6 +18,7 @@ from worlds import (
 
 from invmm.engine import check as check_module
 from invmm.engine.check import Check, check_replication, compare, deciding_failures
+from invmm.engine.criterion import Passing
 from invmm.engine.engine import Engine
 from invmm.engine.outcomes import Outcome, Status
 from invmm.engine.settings import EngineSettings
@@ -141,3 +142,10 @@ def test_guidance_without_what_it_needs_is_one_line(lacks):
     [(_, outcome)] = Engine(network, Direction(), EngineSettings()).run([Job("it", measurement)])
     assert outcome.status is Status.FAILED
     assert "guidance at scale 3.0 needs a condition and its negative" in outcome.error
+
+
+def test_the_rate_asked_for_is_a_share():
+    assert [
+        Passing(count=count, num_samples=64, looks=4, confidence=0.95, is_recorded=True).rate
+        for count in (1, 58, 64)
+    ] == [1 / 64, 58 / 64, 1]

@@ -204,17 +204,21 @@ def another_image(place):
     Image.new("RGB", (8, 8), "red").save(place / "target.png")
 
 
-def without_mean(place):
-    arrays = load_file(place / "arrays.safetensors")
-    arrays.pop("mean")
-    save_file(arrays, place / "arrays.safetensors")
+def without(name):
+    def spoil(place):
+        arrays = load_file(place / "arrays.safetensors")
+        arrays.pop(name)
+        save_file(arrays, place / "arrays.safetensors")
+
+    return spoil
 
 
 @pytest.mark.parametrize(("spoil", "reason"), [
     (lambda place: (place / "record.json").unlink(), "has no record of it; measure it there, then"),
     (another_image, "its target.png shows another image than the one of this name here"),
     (lambda place: (place / "target.png").unlink(), "its target.png is missing or damaged"),
-    (without_mean, "its arrays.safetensors has no mean"),
+    (without("mean"), "its arrays.safetensors has no mean"),
+    (without("log_variance"), "its arrays.safetensors has no log_variance"),
 ])  # fmt: skip
 def test_what_cannot_be_replayed_fails_with_its_reason(spoil, reason, source):
     network = MicroNetwork()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pipelines
 import pytest
 import tiny
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from invmm.models.borrowed import BorrowedModel
 from invmm.models.cost import CallCost, call_cost, peak_bytes
 from invmm.models.execution import Execution
 from invmm.models.pixel import PixelUNet
@@ -135,3 +137,18 @@ def test_gradient_checkpointing_needs_less_memory(tmp_path):
     plain = recipe.call_cost(4, Execution())
     spared = recipe.call_cost(4, Execution(gradient_checkpointing=True))
     assert spared.activation_bytes < 0.7 * plain.activation_bytes
+
+
+@pytest.mark.parametrize("name", pipelines.MAKERS)
+def test_the_condition_that_stands_for_a_prompt_has_its_shape(name):
+    """The cost of a call depends on the length of the prompt: with T5, SD3 has 333 tokens."""
+    pipeline = pipelines.seeded(pipelines.MAKERS[name])
+    network: Any = BorrowedModel(pipeline).load(torch.device("cpu"))
+    prompt = {"none": None, "class_label": 0}.get(network.family.prompts[0], "a cat")
+    real = network.condition(prompt) or {}
+    tokenizer = getattr(pipeline, "tokenizer", None)
+    tokens = tokenizer.model_max_length if tokenizer else 0
+    blank = network.blank_condition(network.denoiser.config, 1, tokens)
+    assert {key: value.shape for key, value in blank.items()} == {
+        key: value.shape for key, value in real.items()
+    }
