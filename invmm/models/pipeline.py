@@ -25,7 +25,13 @@ from invmm.models.loading import fetched, scheduler_json
 from invmm.models.lora import add_lora, check_lora
 from invmm.models.parts import load_part, part_class, pipeline_name
 from invmm.models.stable_diffusion import StableDiffusion, StableDiffusion3, StableDiffusionXL
-from invmm.models.trial import as_a_fault, check_shape, try_out
+from invmm.models.trial import (
+    as_a_fault,
+    check_shape,
+    mistyped,
+    try_out,
+    try_out_text_encoder,
+)
 from invmm.models.weights import no_weights, weight_files
 
 _CLIP_TOKENS = 77
@@ -118,21 +124,31 @@ class LatentPipeline:
         folder = self._folder(weights=False)
         family, network, shape = folder.network.family, folder.network, self._latent_shape(folder)
         configs = folder.parts(self.path).configs
-        tried = json_digest({"classes": folder.classes, "configs": configs, "shape": shape})
+        words = settings_digests(folder.path, [n for n in configs if n.startswith("tokenizer")])
+        tried = json_digest(
+            {"classes": folder.classes, "configs": configs, "shape": shape, "words": words}
+        )
         if tried in _FITTING:
             return
         condition = network.blank_condition(folder.config(family.denoiser), 1, folder.num_tokens)
         meta = {name: value.to("meta") for name, value in condition.items()}
         named, own = f"model.path={self.path}", (family.denoiser, family.autoencoder)
-        with as_a_fault(named):
-            for name in self._weights(folder).keys() - own:
-                folder.blank(name)
+        for name in sorted(self._weights(folder).keys() - own):
+            with as_a_fault(named):
+                encoder = folder.blank(name)
+            tokenizer = name.replace("text_encoder", "tokenizer")
+            if tokenizer in folder.classes:
+                writes = load_part(
+                    folder.path, tokenizer, folder.classes[tokenizer], variant=None, dtype=None
+                )
+                try_out_text_encoder(named, name, encoder, writes)
         try_out(
             named,
             lambda: (folder.blank(family.denoiser), folder.blank(family.autoencoder)),
             lambda denoiser, latents, steps: network.evaluate(denoiser, latents, steps, meta),
             shape,
             folder.pixels_per_latent,
+            suspects=lambda: _mistyped(folder),
         )
         _FITTING.add(tried)
 
@@ -146,7 +162,7 @@ class LatentPipeline:
         denoiser, autoencoder = parts[family.denoiser], parts[family.autoencoder]
         execution.configure(denoiser)
         pixels: list[Tensor] = []
-        with as_a_fault(named), torch.device("meta"):
+        with as_a_fault(named, lambda: _mistyped(folder)), torch.device("meta"):
             latents = torch.empty(rows, *shape, requires_grad=True)
             timesteps = torch.zeros(rows, dtype=torch.long)
             condition = folder.network.blank_condition(config, rows, folder.num_tokens)
@@ -337,3 +353,13 @@ def open_pipeline(
     network = PIPELINES[name]
     classes = network.family.classes(f"model.path={path}", index)
     return PipelineFolder(path=folder, pipeline=name, network=network, index=index, classes=classes)
+
+
+def _mistyped(folder: PipelineFolder) -> list[str]:
+    """Suspects if the denoiser or the autoencoder cannot be built, see `mistyped`."""
+    family = folder.network.family
+    return [
+        line
+        for name in (family.denoiser, family.autoencoder)
+        for line in mistyped(name, part_class(folder.classes[name]), folder.config(name))
+    ]

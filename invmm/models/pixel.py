@@ -31,7 +31,7 @@ from invmm.models.loading import (
     open_folder,
 )
 from invmm.models.parts import index_of
-from invmm.models.trial import as_a_fault, try_out
+from invmm.models.trial import as_a_fault, mistyped, try_out
 
 _LUMINANCE = (0.299, 0.587, 0.114)
 
@@ -252,7 +252,7 @@ def try_out_pixels(named: str, config: Mapping[str, Any], shape: tuple[int, int,
         labels = timesteps if config.get("num_class_embeds") else None
         return unet(latents, timesteps, labels).sample
 
-    try_out(named, build, denoise, shape)
+    try_out(named, build, denoise, shape, suspects=lambda: mistyped("unet", UNet2DModel, config))
 
 
 def _latent_shape(parts: Parts, image_size: int | None) -> tuple[int, int, int]:

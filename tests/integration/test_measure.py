@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -161,31 +160,6 @@ def test_a_signal_ends_in_good_order(signum, code, model, images, tmp_path):
     left = list((tmp_path / "run" / "records").glob("*/record.json"))
     assert 0 < len(left) < 8
     assert all(json.loads(path.read_text())["image_id"] for path in left)
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_a_run_resumes_to_the_same_records(finished, model, images, tmp_path):
-    """SIGKILL ten times, each a random while after the run began to write into its folder."""
-    run_dir, _ = finished
-    draw = random.Random(0)
-    killed = folders = 0
-    while killed < 10:
-        folders += 1
-        arguments = tiny.command(model, images, tmp_path / f"run-{folders}", "engine.slots=2")
-        for _ in range(4):
-            (tmp_path / f"run-{folders}" / "run.lock").unlink(missing_ok=True)
-            process = subprocess.Popen(
-                arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
-            wait_for((tmp_path / f"run-{folders}" / "run.lock").exists)
-            time.sleep(draw.uniform(0, 3))
-            killed += process.poll() is None
-            process.kill()
-            process.wait()
-        result = tiny.invmm(arguments)
-        assert result.returncode == 0, result.stderr
-        assert tiny.records(tmp_path / f"run-{folders}") == tiny.records(run_dir)
 
 
 def test_two_runs_in_one_folder_are_refused(model, images, tmp_path):

@@ -321,6 +321,43 @@ def test_what_cannot_be_built_or_called_is_refused_on_shapes_alone(
         assert "\n" not in str(refusal.value)
 
 
+MISTYPED = [
+    ("unet", "down_block_types", 7, r"\(down_block_types=7 of the unet is no tuple\[str, ...\]\)"),
+    ("unet", "layers_per_block", [None], "layers_per_block=\\[None\\] of the unet is no int"),
+    ("vae", "up_block_types", [0, "x"], r"up_block_types=\[0, 'x'\] of the vae is no tuple"),
+    ("vae", "layers_per_block", {}, r"layers_per_block=\{\} of the vae is no int"),
+]
+
+
+@pytest.mark.parametrize(("part", "key", "value", "why"), MISTYPED)
+def test_a_value_of_another_type_is_named(part, key, value, why, saved, tmp_path):
+    recipe = changed(saved["sd1 epsilon"], f"{part}/config.json", tmp_path / "m", {key: value})
+    with pytest.raises(ValueError, match=why):
+        recipe.try_out()
+
+
+PROMPTS = [
+    ("sd1 epsilon", "text_encoder/config.json", {"eos_token_id": None}, "its text_encoder first"),
+    ("sd1 epsilon", "text_encoder/config.json", {"vocab_size": 3}, r"has words up to \d+, and the"),
+    ("sd3 t5 24 pixels", "text_encoder_3/config.json", {"vocab_size": 5}, "text_encoder_3 5 words"),
+    ("sdxl", "tokenizer_2/tokenizer_config.json", {"eos_token": 1}, "tokenizer_2 of .* be loaded"),
+    ("sd1 epsilon", "tokenizer/tokenizer.json", {"model": {}}, "tokenizer of .* cannot be loaded"),
+]
+
+
+@pytest.mark.parametrize(("family", "file", "values", "why"), PROMPTS)
+def test_prompts_that_cannot_be_read_are_refused_before_weights_load(
+    family, file, values, why, saved, tmp_path
+):
+    folder = saved.get(family) or tmp_path / "own"
+    if family not in saved:
+        pipelines.seeded(pipelines.MAKERS[family]).save_pretrained(folder)
+    recipe = changed(folder, file, tmp_path / "m", values)
+    with pytest.raises(ValueError, match=why) as refusal:
+        recipe.try_out()
+    assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_works_can_be_tried_out(family, saved):
     AutoModel(path=str(saved[family])).try_out()
@@ -331,7 +368,9 @@ def test_parts_that_fit_are_tried_out_once_and_changed_ones_again(saved, tmp_pat
     folder, tried = tmp_path / "m", []
     shutil.copytree(saved["sd1 epsilon"], folder)
     monkeypatch.setattr(pipeline, "_FITTING", set())
-    monkeypatch.setattr(pipeline, "try_out", lambda *args: tried.append(args) or try_out(*args))
+    monkeypatch.setattr(
+        pipeline, "try_out", lambda *args, **named: tried.append(args) or try_out(*args, **named)
+    )
     for _ in range(2):
         AutoModel(path=str(folder)).try_out()
     assert len(tried) == 1
