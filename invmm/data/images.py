@@ -24,6 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from invmm.data.dataset import ImageError, LoadedImage
+from invmm.files import read_file
 
 Resize = Literal["crop", "squash", "pad"]
 
@@ -53,7 +54,7 @@ def read_bytes(path: Path) -> bytes:
             raise ImageError("the file is empty")
         if status.st_size > MAX_FILE_BYTES:
             raise ImageError(f"the file has {status.st_size} bytes, more than {MAX_FILE_BYTES}")
-        return path.read_bytes()
+        return read_file(path)
     except FileNotFoundError:
         raise ImageError("the file is missing") from None
     except (OSError, ValueError) as error:

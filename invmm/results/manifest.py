@@ -67,10 +67,14 @@ def write_manifest(
     path = folder.path / "manifest.json"
     if path.exists():
         try:
-            stored = json.loads(read_file(path))["inputs"]
+            whole = json.loads(read_file(path))
+            stored = dict(whole["inputs"])
+            if (whole["config_digest"], whole["seed"]) != (folder.digest, seed):
+                raise ValueError("its config_digest or seed is not that of this run")
+            known = known_to(stored, asdict(inputs))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged; choose another run_dir") from error
-        if changed := differences(stored, known_to(stored, asdict(inputs))):
+        if changed := differences(stored, known):
             raise ValueError(
                 f"run_dir={folder.path} was measured with other inputs ({'; '.join(changed)}); "
                 "choose another run_dir"

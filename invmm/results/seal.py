@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from invmm.files import write_atomically
+from invmm.files import read_file, write_atomically
 from invmm.results.run_folder import RunFolder
 
 _SEALED = ("config.json", "records/*/*", "free_samples/*", "gallery.png", "scores.png")
@@ -90,7 +90,7 @@ def _digest(path: Path) -> str:
     """SHA-256 of a file; of a record, without what another run need not repeat."""
     if not stat.S_ISREG(path.lstat().st_mode):
         return "not a file"
-    content = path.read_bytes()
+    content = read_file(path)
     if path.name == "record.json":
         try:
             record = json.loads(content)

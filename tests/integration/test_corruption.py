@@ -5,6 +5,7 @@ No traceback, nothing hangs, and a run ends with the records that it had, or is 
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -70,7 +71,28 @@ def scrambled(path: Path, rng: random.Random) -> None:
     path.write_bytes(rng.randbytes(rng.choice([0, 1, 8, 100, 5000])))
 
 
-DAMAGES = (truncated, flipped, deleted, swapped, forbidden, piped, endless, scrambled)
+ODD = (
+    None, True, False, "", "x", "x" * 5000, -1, 0, 1, 0.5, 1e30, 2**70, float("nan"), [], {},
+    [None], [1, 2, 3, 4], {"a": 1},
+)  # fmt: skip
+
+
+def altered(path: Path, rng: random.Random) -> None:
+    """Another value somewhere in a JSON file."""
+    content = json.loads(path.read_bytes())
+    nodes = [content]
+    for node in nodes:
+        inner = node.values() if isinstance(node, dict) else node[:8]
+        nodes += [value for value in inner if isinstance(value, (dict, list)) and value]
+    node = rng.choice(nodes)
+    key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+    node[key] = rng.choice(ODD)
+    path.write_text(json.dumps(content))
+
+
+DAMAGES = (
+    truncated, flipped, deleted, swapped, forbidden, piped, endless, scrambled, altered, altered,
+)  # fmt: skip
 
 
 def files_of(root: Path) -> list[Path]:
@@ -80,7 +102,9 @@ def files_of(root: Path) -> list[Path]:
 def damage(root: Path, rng: random.Random) -> str:
     """Damages one file below a folder; what was done to which."""
     (root / ".root").touch()
-    path, kind = rng.choice(files_of(root)), rng.choice(DAMAGES)
+    files = files_of(root)
+    kind = rng.choice(DAMAGES)
+    path = rng.choice([f for f in files if f.suffix == ".json"] if kind is altered else files)
     kind(path, rng)
     (root / ".root").unlink()
     return f"{path.relative_to(root)} {kind.__name__}"

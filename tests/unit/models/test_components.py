@@ -368,9 +368,11 @@ def test_parts_that_fit_are_tried_out_once_and_changed_ones_again(saved, tmp_pat
     folder, tried = tmp_path / "m", []
     shutil.copytree(saved["sd1 epsilon"], folder)
     monkeypatch.setattr(pipeline, "_FITTING", set())
-    monkeypatch.setattr(
-        pipeline, "try_out", lambda *args, **named: tried.append(args) or try_out(*args, **named)
-    )
+    def counted(*args, **options):
+        tried.append(args)
+        try_out(*args, **options)
+
+    monkeypatch.setattr(pipeline, "try_out", counted)
     for _ in range(2):
         AutoModel(path=str(folder)).try_out()
     assert len(tried) == 1

@@ -91,6 +91,18 @@ def test_a_damaged_manifest_is_said(folder, content):
         write(folder)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"inputs": None}, {"inputs": [1]}, {"seed": 4}, {"seed": None}, {"config_digest": "x"}],
+)
+def test_an_altered_manifest_is_said(folder, change):
+    write(folder)
+    path = folder.path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **change}))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        write(folder)
+
+
 def test_a_manifest_that_was_taken_away_from_records_is_said(folder):
     place = folder.record_folder("a")
     place.mkdir(parents=True)
