@@ -145,6 +145,7 @@ def test_the_gallery_shows_captions_as_they_are_and_groups_by_colour(run_dir, mo
     assert texts[0] == "a $caption{, 8x in training\nreplicated, score 0.020, similarity 0.90"
     assert texts[2] == "held-near, 0x in training\nnot replicated, similarity 0.45"
     assert len(texts) == 5
+    assert not any(text.get_parse_math() for axis in figure.axes for text in axis.texts)
     assert figure.get_suptitle() == "image, then its closest samples (1 more in scores.csv)"
     first = figure.axes[0]
     assert first.images[0].get_interpolation() == "nearest"
@@ -367,6 +368,9 @@ def test_the_gallery_of_counts_keeps_near_duplicates_together(bank_dir, monkeypa
         "never, 0x in training\n0 of 100 free samples, similarity 0.75\none in more than 40 draws"
     )
     assert [len(axis.patches) for axis in firsts] == [1, 0, 1, 0, 0, 0]
+    assert all(
+        axis.patches[0].xy1[0] == axis.patches[0].xy2[0] < 0 for axis in firsts if axis.patches
+    )
 
 
 def test_a_large_group_does_not_fill_the_gallery(bank_dir, monkeypatch):

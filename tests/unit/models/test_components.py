@@ -368,6 +368,7 @@ def test_parts_that_fit_are_tried_out_once_and_changed_ones_again(saved, tmp_pat
     folder, tried = tmp_path / "m", []
     shutil.copytree(saved["sd1 epsilon"], folder)
     monkeypatch.setattr(pipeline, "_FITTING", set())
+
     def counted(*args, **options):
         tried.append(args)
         try_out(*args, **options)

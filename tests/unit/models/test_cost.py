@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from invmm.models.borrowed import BorrowedModel
 from invmm.models.cost import CallCost, call_cost, peak_bytes
 from invmm.models.execution import Execution
+from invmm.models.pipeline import LatentPipeline
 from invmm.models.pixel import PixelUNet
 
 
@@ -80,6 +81,24 @@ def test_a_checkpointed_network_is_counted_under_autocast(tmp_path):
     whole = recipe.call_cost(4, Execution()).activation_bytes
     assert spared < 0.8 * plain
     assert 0.6 * whole < plain < 1.2 * whole
+
+
+@pytest.mark.parametrize("kind", ["pixel", "latent"])
+def test_autocast_counts_for_float32_alone(kind, tmp_path):
+    """A model in half precision is computed in it; its cost is half of float32's in bytes."""
+    path, recipe = tmp_path / "model", {"pixel": PixelUNet, "latent": LatentPipeline}[kind]
+    if kind == "pixel":
+        tiny.save_model(path)
+    else:
+        pipelines.seeded(pipelines.stable_diffusion).save_pretrained(path)
+    whole = recipe(path=str(path)).call_cost(4, Execution())
+    cast = recipe(path=str(path)).call_cost(4, Execution(autocast="bfloat16"))
+    assert cast.activation_bytes != whole.activation_bytes
+    assert cast.weight_bytes == whole.weight_bytes
+    for autocast in (None, "bfloat16"):
+        half = recipe(path=str(path), dtype="bfloat16").call_cost(4, Execution(autocast=autocast))
+        assert half.activation_bytes == pytest.approx(whole.activation_bytes / 2, abs=1)
+        assert half.weight_bytes == whole.weight_bytes // 2
 
 
 def test_without_gradients_only_what_is_still_needed_is_held():
