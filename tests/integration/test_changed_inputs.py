@@ -7,11 +7,17 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pipelines
 import pytest
 import tiny
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import invmm
 from invmm.cli import measure, verify
 from invmm.models.auto import AutoModel
 from invmm.models.borrowed import BorrowedModel
@@ -154,3 +160,60 @@ def test_a_pipeline_in_memory_has_settings_too():
     pipeline.tokenizer.add_tokens(["newword"])
     differs("tokenizer")
     assert BorrowedModel(pipeline).settings() == states[-1]
+
+
+def rescheduled(pipeline, scheduler=DDPMScheduler, **keys):
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **keys)
+
+
+def halved(module):
+    with torch.no_grad():
+        next(module.parameters()).mul_(0.5)
+
+
+IN_MEMORY = {
+    "adapter strength": (lambda p: p.unet.set_adapters(["it"], 0.5), "unet adapters was .* and is"),
+    "adapter off": (lambda p: p.unet.disable_lora(), "unet adapters was .* and is"),
+    "betas": (lambda p: rescheduled(p, DDIMScheduler, beta_end=0.02), "scheduler was .* and is"),
+    "another scheduler": (rescheduled, "scheduler was .* and is"),
+    "scale of latents": (
+        lambda p: p.vae.register_to_config(scaling_factor=0.5),
+        r"model\.latent_scale was 0\.7 and is 0\.5",
+    ),
+    "words": (lambda p: p.tokenizer.add_tokens(["newword"]), "tokenizer was .* and is"),
+    "weights": (lambda p: halved(p.unet), "unet.* was .* and is"),
+    "weights of the encoder": (lambda p: halved(p.text_encoder), "text_encoder.* was .* and is"),
+}  # fmt: skip
+"""Name -> what is done to the pipeline, and what the next call says was changed."""
+
+
+def test_a_pipeline_changed_in_memory_is_refused_by_name(tmp_path):
+    """As are other pictures and other prompts; the same ones go on."""
+    peft = pytest.importorskip("peft")
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)) for _ in range(2)]
+    options = (*tiny.QUICK[2:], "measurement=denoising_loss", "prompt=caption")
+
+    def measured(change=lambda pipeline: None, images=None, prompts=("a fox", "a bird")):
+        pipeline = pipelines.seeded(pipelines.MAKERS["sd1 epsilon"])
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+            pipeline.unet.add_adapter(config, "it")
+        change(pipeline)
+        given = [text for text in options if not text.startswith("trainer=")]
+        images = images or pictures
+        return invmm.measure(pipeline, images, *given, prompts=prompts, run_dir=tmp_path / "run")
+
+    before = measured()
+    assert before.score.notna().all()
+    for change, said in IN_MEMORY.values():
+        with pytest.raises(
+            ValueError,
+            match=rf"run (was measured with other inputs|holds a run of another config) \(.*{said}",
+        ):
+            measured(change)
+    for given in ({"images": pictures[::-1]}, {"prompts": ("a fox", "a cat")}):
+        with pytest.raises(ValueError, match=r"run holds a run of another config \(dataset\."):
+            measured(**given)
+    pd.testing.assert_frame_equal(measured(), before)
