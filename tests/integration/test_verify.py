@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -145,6 +146,18 @@ def test_other_samples_by_another_seed_the_same_by_the_same(run, verified):
         drawn.append(images[record["image_id"]]["fresh"]["similarities"])
     assert drawn[0] == drawn[1]
     assert len({str(similarities) for similarities in drawn}) == 3
+
+
+def test_a_full_disk_takes_nothing_from_what_is_printed(run, verified, monkeypatch):
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    record = replicated(run)
+    monkeypatch.setattr(verify_module, "write_atomically", full)
+    code, output, _ = verified(record["image_id"], *sealed(run))
+    assert code == 0
+    assert f"not written: {run / 'verification.json'}: No space left on device" in output
+    assert record["image_id"] in output
 
 
 def root_of(output: str) -> str:
