@@ -103,12 +103,14 @@ def test_changed_weights_are_refused_by_name(world):
 
 
 def test_a_replaced_image_is_refused_by_name(measured, images, monkeypatch, tmp_path):
-    """Its record stays, and so does that of an image that failed."""
+    """Records stay as they are, and the manifest of a run that is given again."""
     copied = shutil.copytree(images, tmp_path / "png")
     overrides = tiny.command(measured / "model", copied, tmp_path / "own")[3:]
     monkeypatch.setattr(sys, "argv", ["invmm", *overrides])
     assert measure.COMMAND.run(overrides) == 0
+    manifest = (tmp_path / "own" / "manifest.json").read_bytes()
     assert measure.COMMAND.run(overrides) == 0
+    assert (tmp_path / "own" / "manifest.json").read_bytes() == manifest
     before = tiny.records(tmp_path / "own")
     shutil.copyfile(copied / "image-01.png", copied / "image-00.png")
     again = tiny.invmm(tiny.command(measured / "model", copied, tmp_path / "own"))
