@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+_MAX_BYTES = 2 << 30
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -39,12 +40,15 @@ def read_file(path: Path) -> bytes:
     """All bytes of a regular file; a pipe, a device or a folder in its place never hangs a command.
 
     Raises:
-        OSError: it is missing, unreadable, or no regular file.
+        OSError: it is missing, unreadable, no regular file, or larger than 2 GiB.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        if status.st_size > _MAX_BYTES:
+            raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes", str(path))
         return file.read()
 
 

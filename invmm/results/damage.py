@@ -31,14 +31,14 @@ _SHARED = ("*.lock", "locks/*.lock", "finished.log", "processes.jsonl")
 
 
 def vouched(record: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, Any]:
-    """A record with the SHA-256 of its files and its own checksum.
+    """A record with the size and SHA-256 of its files, and its own checksum.
 
     Args:
         record: plain values.
         files: name -> content of what lies beside it.
     """
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    whole = {**record, "files": digests}
+    marks = {name: _mark(content) for name, content in files.items()}
+    whole = {**record, "files": marks}
     return {**whole, "checksum": checksum(whole)}
 
 
@@ -75,15 +75,24 @@ def record_fault(place: Path) -> str | None:
         return f"{path} was altered: its {wrong}"
     if version != SCHEMA_VERSION and "checksum" not in record:
         return None if (place / FILES[0]).exists() else f"{place / FILES[0]} is missing"
-    if record.get("checksum") != checksum(record):
+    files = record.get("files")
+    if record.get("checksum") != checksum(record) or not isinstance(files, dict):
         return f"{path} was altered"
-    faults = (_file_fault(place / name, sha) for name, sha in _files(record))
+    if not {FILES[0]} <= files.keys() <= set(FILES):
+        return f"{path} was altered: its files are {list(files)!r:.60}"
+    faults = (_file_fault(place / name, mark) for name, mark in files.items())
     return next(filter(None, faults), None)
 
 
 def set_aside(run_dir: Path, path: Path) -> Path:
-    """Moves a file or folder of a run into its folder `damaged`; where it lies then."""
+    """Moves a file or folder of a run into its folder `damaged`; where it lies then.
+
+    Raises:
+        ValueError: that is no folder but a link or a file.
+    """
     place = run_dir / "damaged"
+    if place.is_symlink() or (place.exists() and not place.is_dir()):
+        raise ValueError(f"{place} is no folder, so that {path} cannot be set aside; remove it")
     place.mkdir(exist_ok=True)
     target, number = place / path.name, 1
     while os.path.lexists(target):
@@ -118,13 +127,15 @@ def set_irregular_aside(run_dir: Path) -> None:
                 set_aside(run_dir, file)
 
 
-def _files(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [(name, sha) for name, sha in dict(record.get("files") or {}).items() if name in FILES]
+def _mark(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _file_fault(path: Path, expected: str) -> str | None:
+def _file_fault(path: Path, mark: Any) -> str | None:
     try:
-        content = read_file(path)
+        size = path.stat().st_size
+        is_whole = isinstance(mark, dict) and mark.get("bytes") == size
+        is_whole = is_whole and _mark(read_file(path)) == mark
     except OSError as error:
         return f"{path} is missing" if isinstance(error, FileNotFoundError) else f"{error}"
-    return None if hashlib.sha256(content).hexdigest() == expected else f"{path} was altered"
+    return None if is_whole else f"{path} was altered"

@@ -144,7 +144,7 @@ def read_pictures(run_dir: Path, record: Mapping[str, Any]) -> list[np.ndarray]:
     if not (place / "target.png").exists():
         return []
     pictures = [_picture(place / "target.png")]
-    if record["num_samples"]:
+    if record["num_samples"] and (place / "samples.png").exists():
         pictures += np.split(_picture(place / "samples.png"), record["num_samples"], axis=1)
     return pictures
 

@@ -67,6 +67,12 @@ def endless(path: Path, rng: random.Random) -> None:
     path.symlink_to("/dev/zero")
 
 
+def swollen(path: Path, rng: random.Random) -> None:
+    """To a terabyte that takes no room; a model's weights would be hashed for an hour."""
+    if path.suffix != ".safetensors" or "records" in path.parts:
+        os.truncate(path, 2**40)
+
+
 def scrambled(path: Path, rng: random.Random) -> None:
     path.write_bytes(rng.randbytes(rng.choice([0, 1, 8, 100, 5000])))
 
@@ -91,7 +97,8 @@ def altered(path: Path, rng: random.Random) -> None:
 
 
 DAMAGES = (
-    truncated, flipped, deleted, swapped, forbidden, piped, endless, scrambled, altered, altered,
+    truncated, flipped, deleted, swapped, forbidden, piped, endless, swollen, scrambled, altered,
+    altered,
 )  # fmt: skip
 
 

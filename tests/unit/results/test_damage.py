@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from invmm.analysis.report import report
 from invmm.engine.outcomes import Status
-from invmm.results.damage import FILES, record_fault, set_aside
+from invmm.results.damage import FILES, checksum, record_fault, set_aside
 from invmm.results.records import read_records, record_faults
 from invmm.results.run_folder import RunFolder
 
@@ -53,11 +53,16 @@ def dangle(path):
     path.symlink_to("nowhere")
 
 
+def swell(path):
+    """To a terabyte that takes no room."""
+    os.truncate(path, 2**40)
+
+
 def empty(path):
     path.write_bytes(b"")
 
 
-DAMAGES = [truncate, flip, pipe, become_a_folder, dangle, empty]
+DAMAGES = [truncate, flip, pipe, become_a_folder, dangle, empty, swell]
 
 
 @pytest.mark.parametrize("name", ["record.json", *FILES])
@@ -125,6 +130,18 @@ def test_what_is_set_aside_never_replaces_what_was(folder):
     assert [path.read_text() for path in sorted((folder.path / "damaged").iterdir())] == [*"012"]
 
 
+@pytest.mark.parametrize("kind", ["a file", "a link"])
+def test_nothing_is_set_aside_outside_of_the_run(folder, kind, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    place = folder.path / "damaged"
+    place.touch() if kind == "a file" else place.symlink_to(outside)
+    flip(folder.record_folder("a") / "samples.png")
+    with pytest.raises(ValueError, match=r"damaged is no folder, so that .* cannot be set aside"):
+        folder.set_damaged_aside(ENTRIES)
+    assert list(outside.iterdir()) == []
+
+
 def test_any_flipped_byte_of_a_record_is_seen(folder):
     """Wherever it falls, also where JSON reads the same: in blanks it is, and changes nothing."""
     path, rng = folder.record_folder("a") / "record.json", random.Random(0)
@@ -152,6 +169,18 @@ def test_values_that_no_table_holds_are_damage_though_they_are_vouched_for(folde
     (fault,) = record_faults(folder.path)
     assert f"record.json was altered: its {next(iter(changes))}"[:25] in fault
     assert len(fault) < 400
+
+
+@pytest.mark.parametrize("files", [
+    None, [], {}, {"arrays.safetensors": None}, {"arrays.safetensors": {"bytes": "x"}},
+    {"../b/record.json": {"bytes": 1, "sha256": "x"}}, {"arrays.safetensors": {"bytes": 1}},
+])  # fmt: skip
+def test_files_that_no_run_lists_are_damage(folder, files):
+    path = folder.record_folder("a") / "record.json"
+    record = {**json.loads(path.read_bytes()), "files": files}
+    path.write_text(json.dumps({**record, "checksum": checksum(record)}))
+    assert len(record_faults(folder.path)) == 1
+    report(folder.path)
 
 
 def test_values_at_the_ends_of_their_range_are_whole(folder):
