@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -148,7 +149,7 @@ class LatentPipeline:
             lambda denoiser, latents, steps: network.evaluate(denoiser, latents, steps, meta),
             shape,
             folder.pixels_per_latent,
-            suspects=lambda: _mistyped(folder),
+            suspects=partial(_mistyped, folder),
         )
         _FITTING.add(tried)
 
@@ -157,12 +158,13 @@ class LatentPipeline:
         folder, named = self._folder(weights=False), f"model.path={self.path}"
         family = folder.network.family
         shape, config = self._latent_shape(folder), folder.config(family.denoiser)
-        with as_a_fault(named):
+        suspects = partial(_mistyped, folder)
+        with as_a_fault(named, suspects):
             parts = {name: folder.blank(name) for name in self._weights(folder)}
         denoiser, autoencoder = parts[family.denoiser], parts[family.autoencoder]
         execution.configure(denoiser)
         pixels: list[Tensor] = []
-        with as_a_fault(named, lambda: _mistyped(folder)), torch.device("meta"):
+        with as_a_fault(named, suspects), torch.device("meta"):
             latents = torch.empty(rows, *shape, requires_grad=True)
             timesteps = torch.zeros(rows, dtype=torch.long)
             condition = folder.network.blank_condition(config, rows, folder.num_tokens)

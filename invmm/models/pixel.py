@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -105,11 +106,12 @@ class PixelUNet:
 
         folder, named = self._folder(weights=False), f"model.path={self.path}"
         config, shape = folder.unet_config, self._latent_shape(folder)
-        with as_a_fault(named), torch.device("meta"):
+        suspects = partial(mistyped, "unet", UNet2DModel, config)
+        with as_a_fault(named, suspects), torch.device("meta"):
             unet: Any = UNet2DModel.from_config(dict(config))
         unet.requires_grad_(False)
         execution.configure(unet)
-        with as_a_fault(named), torch.device("meta"):
+        with as_a_fault(named, suspects), torch.device("meta"):
             latents = torch.empty(rows, *shape, requires_grad=True)
             timesteps = torch.zeros(rows, dtype=torch.long)
             labels = timesteps if config.get("num_class_embeds") else None
@@ -252,7 +254,7 @@ def try_out_pixels(named: str, config: Mapping[str, Any], shape: tuple[int, int,
         labels = timesteps if config.get("num_class_embeds") else None
         return unet(latents, timesteps, labels).sample
 
-    try_out(named, build, denoise, shape, suspects=lambda: mistyped("unet", UNet2DModel, config))
+    try_out(named, build, denoise, shape, suspects=partial(mistyped, "unet", UNet2DModel, config))
 
 
 def _latent_shape(parts: Parts, image_size: int | None) -> tuple[int, int, int]:

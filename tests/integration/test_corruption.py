@@ -189,8 +189,7 @@ def test_a_damaged_model_is_measured_or_refused(seed, damaged_model, tmp_path, c
         assert (planned, len(planned_errors)) in ((0, 0), (2, 1)), (done, planned_errors)
         code, errors = ended(command, capsys)
         assert (code, len(errors)) in ((0, 0), (2, 1), (3, 0)), (done, code, errors)
-        if planned == 2:
-            assert (code, errors) == (planned, planned_errors), done
+        assert planned == 0 or code == 2, done
     finally:
         shutil.rmtree(model)
         kept.rename(model)
