@@ -24,6 +24,8 @@ from invmm.data.images import load_image, to_pixels
 from invmm.engine.outcomes import Outcome, Status
 from invmm.inversion.frequency import to_frequencies
 from invmm.probability.certificate import clopper_pearson, log_p_certified, lower_rate
+from invmm.results.collect import collect
+from invmm.results.damage import VOUCHING
 from invmm.results.records import read_records
 from invmm.results.run_folder import RunFolder
 from invmm.results.seal import contents, root_hash
@@ -146,6 +148,21 @@ def test_other_samples_by_another_seed_the_same_by_the_same(run, verified):
         drawn.append(images[record["image_id"]]["fresh"]["similarities"])
     assert drawn[0] == drawn[1]
     assert len({str(similarities) for similarities in drawn}) == 3
+
+
+def test_a_run_of_an_earlier_version_holds(run, verified):
+    """Its records say schema_version 2 and vouch for nothing themselves."""
+    for path in run.glob("records/*/record.json"):
+        record = json.loads(path.read_bytes())
+        kept = {name: value for name, value in record.items() if name not in VOUCHING}
+        path.write_text(json.dumps({**kept, "schema_version": 2}))
+    assert collect(run).schema_version.unique().tolist() == [2]
+    manifest = json.loads((run / "manifest.json").read_bytes())
+    manifest["contents"] = contents(run)
+    manifest["root_hash"] = root_hash(manifest)
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    code, output, _ = verified(replicated(run)["image_id"], *sealed(run))
+    assert code == 0, output
 
 
 def test_a_full_disk_takes_nothing_from_what_is_printed(run, verified, monkeypatch):
