@@ -9,6 +9,7 @@ import inspect
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pipelines
@@ -19,7 +20,7 @@ import transformers
 from invmm.models import pipeline
 from invmm.models.auto import AutoModel
 from invmm.models.borrowed import BorrowedModel
-from invmm.models.components import DEFAULTS, EXPECTED
+from invmm.models.components import DEFAULTS, EXPECTED, Parts
 from invmm.models.execution import Execution
 from invmm.models.trial import try_out
 
@@ -130,6 +131,16 @@ def test_parts_of_another_class_in_memory_are_refused():
     pipeline.vae = None
     with pytest.raises(ValueError, match="names None as its vae; supported"):
         BorrowedModel(pipeline).describe()
+
+
+def test_a_part_of_another_class_is_named_with_it():
+    """As of a pipeline object, whose index a user may have left as it was."""
+    parts = SimpleNamespace(first=torch.nn.Linear(1, 1), second=None)
+    with pytest.raises(ValueError, match="the first of the pipeline is a Linear; supported are A"):
+        Parts.in_memory(parts, {"first": ["lib.A"]})
+    with pytest.raises(ValueError, match="the second of the pipeline is a NoneType"):
+        Parts.in_memory(parts, {"second": ["lib.A"]})
+    assert Parts.in_memory(parts, {"second": ["lib.A"]}, optional=["second"]).classes == {}
 
 
 @pytest.mark.parametrize("family", ["ldm kl", "sd1 epsilon"])

@@ -11,12 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
+import pipelines
 import pytest
 import tiny
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
+from invmm.models import pipeline
+from invmm.models.execution import Execution
+from invmm.models.pipeline import LatentPipeline
 from invmm.models.pixel import PixelUNet
 
 CPU = torch.device("cpu")
@@ -270,6 +274,40 @@ def test_a_hub_id_is_described_from_json_and_loaded_from_safetensors(whole, monk
         "tokenizer/merges.txt",
         "unet/diffusion_pytorch_model.fp16.safetensors",
     ]
+
+
+def test_weights_of_a_hub_id_are_fetched_to_be_hashed_and_loaded_alone(monkeypatch, tmp_path):
+    """A dry run asks all else of a model, and fetches a few kilobytes."""
+    pipelines.seeded(pipelines.stable_diffusion).save_pretrained(tmp_path / "saved")
+    offered = [
+        path.relative_to(tmp_path / "saved").as_posix()
+        for path in (tmp_path / "saved").rglob("*")
+        if path.is_file()
+    ]
+    fetched = set()
+
+    def fetch(name, *, revision, allow_patterns, ignore_patterns):
+        fetched.update(
+            filter_repo_objects(
+                offered, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            )
+        )
+        return str(tmp_path / "saved")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(pipeline, "_FITTING", set())
+    recipe = LatentPipeline(path="someone/sd")
+    recipe.describe()
+    recipe.schedule()
+    recipe.try_out()
+    recipe.call_cost(1, Execution())
+    assert {"tokenizer/tokenizer.json", "unet/config.json"} <= fetched
+    assert not any(name.endswith(".safetensors") for name in fetched)
+    for use in (recipe.fingerprint, recipe.settings, lambda: recipe.load(CPU)):
+        fetched.clear()
+        use()
+        assert sum(name.endswith(".safetensors") for name in fetched) == 3
 
 
 # Refusals that name the real cause --------------------------------------------------------------
