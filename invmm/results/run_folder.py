@@ -185,17 +185,23 @@ class RunFolder:
         """
         path = self.path / name
         with self.exclusive(name):
-            try:
-                return dict(json.loads(read_file(path)))
-            except (OSError, ValueError, TypeError, RecursionError) as error:
-                if any(self.path.glob("records/*/record.json")):
-                    raise ValueError(
-                        f"{path} is missing or damaged, and the records beside it rest on what it "
-                        "said; put it back, or choose another run_dir"
-                    ) from error
-            decided = decide()
-            write_atomically(path, json.dumps(decided, indent=1).encode())
-            return decided
+            noted = self.noted(name)
+            if noted is None and any(self.path.glob("records/*/record.json")):
+                raise ValueError(
+                    f"{path} is missing or damaged, and the records beside it rest on what it said; "
+                    "put it back, or choose another run_dir"
+                )
+            if noted is None:
+                noted = decide()
+                write_atomically(path, json.dumps(noted, indent=1).encode())
+            return noted
+
+    def noted(self, name: str) -> dict[str, Any] | None:
+        """What was decided once for all processes, see `settled`; None if it is not there."""
+        try:
+            return dict(json.loads(read_file(self.path / name)))
+        except (OSError, ValueError, TypeError, RecursionError):
+            return None
 
 
 def read_processes(run_dir: Path) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ def measure(run: MeasureRun) -> int:
         for damaged in (*folder.set_damaged_aside(entries), *set_blocks_aside(folder)):
             print(damaged, file=sys.stderr)
         pending = folder.pending(entries, retry_failed=run.retry_failed)
-        _refuse_replaced(folder, dataset, entries)
+        _refuse_others(run, folder, dataset, entries)
         _announce(run, dataset, len(entries), len(pending))
         exit_code = Exit.DONE
         if pending or _lacks_blocks(run, folder):
@@ -90,13 +90,21 @@ def _lacks_blocks(run: MeasureRun, folder: RunFolder) -> bool:
     )
 
 
-def _refuse_replaced(
-    folder: RunFolder, dataset: ImageDataset, entries: Sequence[ImageEntry]
+def _refuse_others(
+    run: MeasureRun, folder: RunFolder, dataset: ImageDataset, entries: Sequence[ImageEntry]
 ) -> None:
-    """Refuses to go on where an image is no longer the one that its record is of."""
+    """Refuses to go on where a record is of another run, or of an image that was replaced since."""
+    rows = folder.noted("rows.json") if run.engine.open else {}
     for entry in entries:
         record = load_record(folder.record_folder(entry.image_id) / "record.json")
-        if record is None or not (was := record.get("sha256")):
+        if record is None:
+            continue
+        if rows is not None and (digest := record.get("config_digest")) != run.digest_with(rows):
+            raise ValueError(
+                f"run_dir={folder.path} holds a record of {entry.image_id} of another run, whose "
+                f"config_digest is {digest}; take the record away, or choose another run_dir"
+            )
+        if not (was := record.get("sha256")):
             continue
         try:
             found = dataset.load(entry).sha256

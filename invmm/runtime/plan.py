@@ -12,6 +12,7 @@ from invmm.data.prompt import Prompt
 from invmm.diffusion.sampling import Sampler
 from invmm.engine.protocols import Measurement
 from invmm.engine.settings import EngineSettings
+from invmm.files import json_digest
 from invmm.models.adapter import ModelRecipe
 from invmm.models.execution import Execution
 from invmm.replication.replication import Replication
@@ -94,3 +95,11 @@ class MeasureRun:
     config: Mapping[str, Any]
     identity: Mapping[str, Any]
     digest: str
+
+    def digest_with(self, rows: Mapping[str, int]) -> str:
+        """Of what records rest on: the identity, and the rows of a call that it left open.
+
+        Args:
+            rows: setting of the engine -> rows, as they were measured for this run.
+        """
+        return json_digest({**self.identity, "engine": {**self.identity["engine"], **rows}})

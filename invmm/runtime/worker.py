@@ -20,7 +20,6 @@ from invmm.engine.protocols import Setting, Similarity, Target
 from invmm.engine.requests import Denoise
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
-from invmm.files import json_digest
 from invmm.probability.bank import BankMeasurement, SharedBank
 from invmm.results.records import write_record
 from invmm.results.run_folder import Claim, RunFolder
@@ -131,8 +130,7 @@ class Worker:
         rows = self.folder.settled("rows.json", measured)
         shown = ", ".join(f"{name} {count}" for name, count in rows.items())
         print(f"rows per call, measured once for this run: {shown}", flush=True)
-        identity = {**self.run.identity, "engine": {**self.run.identity["engine"], **rows}}
-        self.folder = replace(self.folder, digest=json_digest(identity))
+        self.folder = replace(self.folder, digest=self.run.digest_with(rows))
         return replace(settings, **rows)
 
     def _jobs(self) -> Iterator[Job]:

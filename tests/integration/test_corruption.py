@@ -147,7 +147,7 @@ def whole(request, model, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "seed", [*range(8), *(pytest.param(n, marks=pytest.mark.slow) for n in range(8, 110))]
+    "seed", [*range(4), *(pytest.param(n, marks=pytest.mark.slow) for n in range(4, 110))]
 )
 def test_a_damaged_run_heals_or_is_refused(seed, whole, tmp_path, capsys):
     run, command, expected = whole
@@ -176,7 +176,7 @@ def damaged_model(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "seed", [*range(8), *(pytest.param(n, marks=pytest.mark.slow) for n in range(8, 110))]
+    "seed", [*range(4), *(pytest.param(n, marks=pytest.mark.slow) for n in range(4, 110))]
 )
 def test_a_damaged_model_is_measured_or_refused(seed, damaged_model, tmp_path, capsys):
     model, images, prompt = damaged_model
