@@ -188,8 +188,8 @@ class RunFolder:
             noted = self.noted(name)
             if noted is None and any(self.path.glob("records/*/record.json")):
                 raise ValueError(
-                    f"{path} is missing or damaged, and the records beside it rest on what it said; "
-                    "put it back, or choose another run_dir"
+                    f"{path} is missing or damaged, and the records beside it rest on what it "
+                    "said; put it back, or choose another run_dir"
                 )
             if noted is None:
                 noted = decide()

@@ -103,7 +103,9 @@ DAMAGES = (
 
 
 def files_of(root: Path) -> list[Path]:
-    return sorted(path for path in root.rglob("*") if path.is_file() and path.name != ".root")
+    """All that can be damaged, or damaged again."""
+    found = [path for path in root.rglob("*") if path.is_file() and path.name != ".root"]
+    return sorted(path for path in found if path.stat().st_size < 2**30)
 
 
 def damage(root: Path, rng: random.Random) -> str:
@@ -153,8 +155,9 @@ def test_a_damaged_run_heals_or_is_refused(seed, whole, tmp_path, capsys):
     run, command, expected = whole
     rng = random.Random(seed)
     kept = shutil.copytree(run, tmp_path / "kept")
-    done = [damage(run, rng) for _ in range(rng.choice([1, 1, 3]))]
+    done = []
     try:
+        done += [damage(run, rng) for _ in range(rng.choice([1, 1, 3]))]
         code, errors = ended(command, capsys)
         assert (code, len(errors)) in ((0, 0), (2, 1)), (done, code, errors)
         if code == 0:
@@ -182,8 +185,9 @@ def test_a_damaged_model_is_measured_or_refused(seed, damaged_model, tmp_path, c
     model, images, prompt = damaged_model
     rng = random.Random(seed)
     kept = shutil.copytree(model, tmp_path / "kept")
-    done = [damage(model, rng) for _ in range(rng.choice([1, 1, 3]))]
+    done = []
     try:
+        done += [damage(model, rng) for _ in range(rng.choice([1, 1, 3]))]
         command = tiny.command(model, images, tmp_path / "run", "inversion.num_steps=5", prompt)
         planned, planned_errors = ended([*command, "dry_run=true"], capsys)
         assert (planned, len(planned_errors)) in ((0, 0), (2, 1)), (done, planned_errors)
