@@ -11,6 +11,7 @@ from typing import Any
 from invmm.files import file_sha256, read_file
 
 _MAX_JSON_BYTES = 1 << 20
+_MAX_TEXT_BYTES = 1 << 30
 _ATTENTION = (None, "eager", "sdpa")
 _PROGRAMS: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attn_implementation", "_attn_implementation"), _ATTENTION),
@@ -94,7 +95,13 @@ def settings_digests(root: Path, folders: Iterable[str]) -> dict[str, str]:
 def _file_digest(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"{path} is no regular file; save the model again by save_pretrained")
-    if path.suffix != ".json" or path.stat().st_size > _MAX_JSON_BYTES:
+    size = path.stat().st_size
+    if size > _MAX_TEXT_BYTES:
+        raise ValueError(
+            f"{path} has {size:,} bytes, more than any vocabulary; save the model again by "
+            "save_pretrained"
+        )
+    if path.suffix != ".json" or size > _MAX_JSON_BYTES:
         return file_sha256(path)
     return settings_digest(read_json(path))
 

@@ -33,7 +33,7 @@ from invmm.models.trial import (
     try_out,
     try_out_text_encoder,
 )
-from invmm.models.weights import no_weights, weight_files
+from invmm.models.weights import no_weights, weight_files, weights_sha256
 
 _CLIP_TOKENS = 77
 _RENAMED = ["DiTTransformer2DModel", "Transformer2DModel"]
@@ -213,7 +213,7 @@ class LatentPipeline:
         """See `ModelRecipe`."""
         folder = self._folder(weights=True)
         files = [file for files in self._weights(folder).values() for file in files]
-        found = {file.relative_to(folder.path).as_posix(): file_sha256(file) for file in files}
+        found = {file.relative_to(folder.path).as_posix(): weights_sha256(file) for file in files}
         return {**found, "lora": file_sha256(Path(self.lora))} if self.lora else found
 
     def settings(self) -> dict[str, str]:

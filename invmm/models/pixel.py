@@ -15,7 +15,6 @@ from torch import Tensor
 from invmm.diffusion.schedule import NoiseSchedule, read_scheduler, schedule_of
 from invmm.diffusion.scheduler_config import TRAINED_KEYS, check_config
 from invmm.engine.requests import Condition
-from invmm.files import file_sha256
 from invmm.models.adapter import ModelInfo
 from invmm.models.codec import clamped
 from invmm.models.components import EXPECTED, Parts
@@ -33,6 +32,7 @@ from invmm.models.loading import (
 )
 from invmm.models.parts import index_of
 from invmm.models.trial import as_a_fault, mistyped, try_out
+from invmm.models.weights import weights_sha256
 
 _LUMINANCE = (0.299, 0.587, 0.114)
 
@@ -134,7 +134,7 @@ class PixelUNet:
         """See `ModelRecipe`."""
         folder = self._folder(weights=True)
         return {
-            file.relative_to(folder.path).as_posix(): file_sha256(file)
+            file.relative_to(folder.path).as_posix(): weights_sha256(file)
             for file in folder.weights(self.variant)
         }
 

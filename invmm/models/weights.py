@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from invmm.files import file_sha256
 from invmm.models.json_files import read_json
 
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
@@ -58,6 +59,24 @@ def weight_files(folder: Path, class_name: str, variant: str | None) -> list[Pat
             state = "is no regular file" if file.exists() else "is missing"
             raise ValueError(f"{file} {state}; save the model again by save_pretrained")
     return files
+
+
+def weights_sha256(file: Path) -> str:
+    """SHA-256 of a safetensors file that is as long as its header says.
+
+    Raises:
+        ValueError: it is not; nothing more of it was read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}); save the model again by save_pretrained"
+        ) from error
+    return file_sha256(file)
 
 
 def _shards(index: Path) -> list[str]:

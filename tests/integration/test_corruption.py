@@ -68,9 +68,8 @@ def endless(path: Path, rng: random.Random) -> None:
 
 
 def swollen(path: Path, rng: random.Random) -> None:
-    """To a terabyte that takes no room; a model's weights would be hashed for an hour."""
-    if path.suffix != ".safetensors" or "records" in path.parts:
-        os.truncate(path, 2**40)
+    """To a terabyte that takes no room."""
+    os.truncate(path, 2**40)
 
 
 def scrambled(path: Path, rng: random.Random) -> None:
@@ -84,8 +83,11 @@ ODD = (
 
 
 def altered(path: Path, rng: random.Random) -> None:
-    """Another value somewhere in a JSON file."""
-    content = json.loads(path.read_bytes())
+    """Another value somewhere in a JSON file, if it is one still."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        return
     nodes = [content]
     for node in nodes:
         inner = node.values() if isinstance(node, dict) else node[:8]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import pipelines
 import pytest
@@ -80,6 +81,14 @@ def test_a_long_file_counts_byte_by_byte(tmp_path):
     assert short == short_indented == settings_digest({"vocab": "a"})
     assert long != long_indented
     assert long_indented == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_file_of_absurd_size_is_not_read(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "merges.txt").touch()
+    os.truncate(tmp_path / "tokenizer" / "merges.txt", 2**40)
+    with pytest.raises(ValueError, match=r"merges\.txt has 1,099,511,627,776 bytes, more than any"):
+        settings_digests(tmp_path, ["tokenizer"])
 
 
 def test_what_is_no_file_is_refused(tmp_path):
