@@ -138,7 +138,8 @@ class LatentPipeline:
             with as_a_fault(named):
                 encoder = folder.blank(name)
             tokenizer = name.replace("text_encoder", "tokenizer")
-            if tokenizer in folder.classes:
+            # The descriptions of known models in this package have none.
+            if tokenizer in folder.classes and (folder.path / tokenizer).is_dir():
                 writes = load_part(
                     folder.path, tokenizer, folder.classes[tokenizer], variant=None, dtype=None
                 )

@@ -142,12 +142,12 @@ def test_impossible_names_are_refused(name, tmp_path):
 
 
 def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
-    def denied(path):
+    def denied(path, flags):
         raise PermissionError(13, "Permission denied", str(path))
 
     path = tmp_path / "x.png"
     path.write_bytes(saved("PNG"))
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr("invmm.files.os.open", denied)
     assert "Permission denied" in refusal(path)
 
 
