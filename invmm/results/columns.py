@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,15 +44,25 @@ _KINDS = {"string": (str,), "float64": (int, float), "Int64": (int,)}
 def misfit(record: Mapping[str, Any]) -> str | None:
     """The first value of a record that no table can hold, as "KEY is VALUE"; None if all fit.
 
-    A measurement's own columns hold texts, truth values and numbers; an integer has 64 bits.
+    A measurement's own columns hold texts, truth values and numbers. An integer has 64 bits, a
+    number is finite, and any value may be None.
     """
     own = record.get("columns", {})
     if not isinstance(own, dict):
         return f"columns is {own!r:.60}"
     kinds = {name: _KINDS[kind] for name, kind in COLUMNS.items()}
-    for name, value in {**own, **record}.items():
-        allowed = kinds.get(name, (str, bool, int, float))
-        is_right = type(value) in allowed and (type(value) is not int or -(2**63) <= value < 2**63)
-        if name in {*COLUMNS, *own} and value is not None and not is_right:
+    values = {**own, **{name: record[name] for name in record.keys() & COLUMNS.keys()}}
+    for name, value in sorted(values.items()):
+        if value is not None and not _fits(value, kinds.get(name, (str, bool, int, float))):
             return f"{name} is {value!r:.60}"
     return None
+
+
+def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, int):
+        return int in kinds and -(2**63) <= value < 2**63
+    if isinstance(value, float):
+        return float in kinds and math.isfinite(value)
+    return isinstance(value, str) and str in kinds

@@ -17,6 +17,7 @@ from invmm.data.dataset import ImageEntry, LoadedImage
 from invmm.engine.outcomes import Outcome, Status
 from invmm.files import read_file, write_atomically
 from invmm.inversion.saved import load_record
+from invmm.results.columns import misfit
 from invmm.results.damage import SCHEMA_VERSION, VOUCHING, record_fault, vouched
 from invmm.results.run_folder import RunFolder
 
@@ -35,6 +36,8 @@ def write_record(
 ) -> None:
     """Writes everything about an image; record.json last, so that it vouches for the rest.
 
+    What no table can hold, such as a list among a measurement's columns, is recorded as FAILED.
+
     Args:
         folder: of the run.
         entry: the image.
@@ -49,6 +52,16 @@ def write_record(
     import torch
     from safetensors.torch import save
 
+    record = _record(folder, entry, outcome, loaded, seed, second_opinion)
+    if wrong := misfit(record):
+        outcome = Outcome(
+            status=Status.FAILED,
+            error=f"what was found cannot be recorded: its {wrong}",
+            steps=outcome.steps,
+            evaluations=outcome.evaluations,
+            seconds=outcome.seconds,
+        )
+        record = _record(folder, entry, outcome, loaded, seed, second_opinion)
     place = folder.record_folder(entry.image_id)
     place.mkdir(parents=True, exist_ok=True)
     arrays = {
@@ -65,8 +78,8 @@ def write_record(
         files["samples.png"] = _png(torch.cat([*outcome.samples], dim=2))
     for name, content in files.items():
         write_atomically(place / name, content)
-    record = vouched(_record(folder, entry, outcome, loaded, seed, second_opinion), files)
-    write_atomically(place / "record.json", json.dumps(record, indent=1, allow_nan=False).encode())
+    content = json.dumps(vouched(record, files), indent=1, allow_nan=False)
+    write_atomically(place / "record.json", content.encode())
     folder.finished(entry.image_id, outcome.status)
 
 

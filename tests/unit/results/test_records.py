@@ -152,6 +152,26 @@ def test_killed_between_two_files_an_image_is_not_done(folder, monkeypatch, writ
     assert folder.status_of("a") is Status.REPLICATED
 
 
+@pytest.mark.parametrize("value", [[1.0], {"a": 1}, 2**63, (1, 2), math.nan, -math.inf])
+def test_what_no_table_holds_is_recorded_as_failed(folder, value):
+    """A measurement from elsewhere returns it; measured again, it would return it again."""
+    result = written.outcome(Status.REPLICATED, score=0.5, columns={"found": value})
+    written.write(folder, written.entry("a"), result)
+    (record,) = read_records(folder.path)
+    assert (record["status"], record["score"], record["columns"]) == ("FAILED", None, {})
+    assert record["error"] == f"what was found cannot be recorded: its found is {value!r}"
+    assert record["evaluations_forward"] == 40
+    assert record_faults(folder.path) == []
+
+
+@pytest.mark.parametrize("value", [np.float64(0.5), "text", True, -(2**63), 0, None])
+def test_what_a_table_holds_is_kept(folder, value):
+    result = written.outcome(Status.REPLICATED, score=0.5, columns={"found": value})
+    written.write(folder, written.entry("a"), result)
+    (record,) = read_records(folder.path)
+    assert record["columns"] == {"found": value}
+
+
 def test_a_full_disk_leaves_no_half_record(folder, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
