@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from invmm.engine.outcomes import Status
 from invmm.files import write_atomically
 from invmm.results.columns import COLUMNS
+from invmm.results.damage import record_fault
 from invmm.results.groups import MIN_SHARED, near_duplicates
 from invmm.results.records import read_records, read_replicas
 
@@ -47,10 +48,18 @@ def collect(run_dir: Path) -> pd.DataFrame:
 
 
 def table_faults(run_dir: Path) -> list[str]:
-    """The tables of a run that are not those of its records, one line each; missing ones are."""
+    """What no table is made of: damaged records, and tables of other records; one line each.
+
+    Records that cannot be read at all, and tables that are missing, are left out.
+    """
     import pandas as pd
 
     try:
+        faults = [
+            fault
+            for record in read_records(run_dir, only_whole=False)
+            if (fault := record_fault(run_dir / "records" / record["folder"]))
+        ]
         expected = score_table([run_dir]).drop(columns="run").to_csv(index=False).encode()
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         return [f"the records are no table: {error}"]
@@ -58,7 +67,6 @@ def table_faults(run_dir: Path) -> list[str]:
         "scores.csv": Path.read_bytes,
         "scores.parquet": lambda path: pd.read_parquet(path).to_csv(index=False).encode(),
     }
-    faults = []
     for name, read in readers.items():
         path = run_dir / name
         try:

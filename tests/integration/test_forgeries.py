@@ -198,8 +198,8 @@ FORGERIES: dict[str, tuple[Callable[[Folder], Any], int, str]] = {
     # numbers of a record
     "score 0": (edit(score=0.0), FAILS, "score is 0, the KL of the saved"),
     "half the score": (lambda run: run.edit(run.found, score=run.found["score"] / 2), FAILS, "KL"),
-    "score NaN": (edit(score=math.nan), UNDECIDED, "its score is nan"),
-    "score infinite": (edit(score=math.inf), UNDECIDED, "its score is inf"),
+    "score NaN": (edit(score=math.nan), FAILS, "its score is nan"),
+    "score infinite": (edit(score=math.inf), FAILS, "its score is inf"),
     "score as text": (edit(score="0.01"), FAILS, "score is 0.01"),
     "score a list": (edit(score=[0.1]), FAILS, "incomplete"),
     "score dropped": (edit(score=None), UNDECIDED, "incomplete"),
@@ -209,7 +209,7 @@ FORGERIES: dict[str, tuple[Callable[[Folder], Any], int, str]] = {
     "count and all that follows": (claim_all, FAILS, "recorded are 64 of 64: these are not of one"),
     "count beyond the samples": (column("confirm_passed", 65), UNDECIDED, "its count is 65 of 64"),
     "count below zero": (column("confirm_passed", -1), UNDECIDED, "its count is -1"),
-    "count beyond 64 bits": (column("confirm_passed", 10**30), UNDECIDED, "its count is 1"),
+    "count beyond 64 bits": (column("confirm_passed", 10**30), FAILS, "its count is 1"),
     "samples": (column("confirm_drawn", 10**6), UNDECIDED, "its fresh samples are 1000000"),
     "0 of 16": (
         lambda run: run.edit(run.found, columns=counted(0, 16)), UNDECIDED, "samples are 16"
