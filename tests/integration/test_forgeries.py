@@ -295,7 +295,7 @@ FORGERIES: dict[str, tuple[Callable[[Folder], Any], int, str]] = {
     ),
     "no arrays": (
         lambda run: (run.place(run.found) / "arrays.safetensors").unlink(),
-        UNDECIDED, "arrays.safetensors is missing",
+        FAILS, "arrays.safetensors is missing",
     ),
     # the config, its digest computed again
     "threshold": (configure("replication.threshold", -1.0), REFUSED, "a threshold of -1"),
