@@ -58,7 +58,7 @@ def file_sha256(path: Path) -> str:
     return _sha256(path, (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1 << 16)
 def _sha256(path: Path, state: tuple[int, ...]) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

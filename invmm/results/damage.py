@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from invmm.files import read_file, record_key
+from invmm.files import file_sha256, record_key
 from invmm.inversion.saved import load_record
 from invmm.results.columns import misfit
 
@@ -37,7 +37,10 @@ def vouched(record: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, 
         record: plain values.
         files: name -> content of what lies beside it.
     """
-    marks = {name: _mark(content) for name, content in files.items()}
+    marks = {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in files.items()
+    }
     whole = {**record, "files": marks}
     return {**whole, "checksum": checksum(whole)}
 
@@ -127,15 +130,11 @@ def set_irregular_aside(run_dir: Path) -> None:
                 set_aside(run_dir, file)
 
 
-def _mark(content: bytes) -> dict[str, Any]:
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
 def _file_fault(path: Path, mark: Any) -> str | None:
     try:
         size = path.stat().st_size
         is_whole = isinstance(mark, dict) and mark.get("bytes") == size
-        is_whole = is_whole and _mark(read_file(path)) == mark
+        is_whole = is_whole and mark.get("sha256") == file_sha256(path)
     except OSError as error:
         return f"{path} is missing" if isinstance(error, FileNotFoundError) else f"{error}"
     return None if is_whole else f"{path} was altered"

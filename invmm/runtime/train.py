@@ -34,7 +34,7 @@ from invmm.runtime.training_export import AveragedWeights, DivergedError, Export
 from invmm.runtime.training_folder import (
     FINAL,
     check_images,
-    exports_to_make,
+    first_to_make,
     newest_checkpoint,
 )
 
@@ -81,11 +81,11 @@ def train(run: TrainRun) -> int:
         dataset = run.dataset.open(run.model.image_size)
         images, manifest = read_training_set(dataset, run.seed)
         check_images(folder.path, manifest)
-        missing = exports_to_make(folder.path, run.training.num_steps)
-        if not missing:
+        first = first_to_make(folder.path, run.training.num_steps)
+        if first is None:
             print(f"already trained: {folder.path / FINAL}")
             return Exit.DONE
-        checkpoint = newest_checkpoint(folder.path, before=min(missing))
+        checkpoint = newest_checkpoint(folder.path, before=first)
         pl.seed_everything(run.seed, verbose=False)
         trainee = run.model.start(_captions(dataset, manifest))
         exit_code, reason = Exit.INCOMPLETE, "a process ended early"

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -70,38 +69,63 @@ def link_final(run_dir: Path, name: str) -> None:
     os.replace(link, run_dir / FINAL)
 
 
-def exports_to_make(run_dir: Path, last: int) -> Collection[int]:
-    """The steps whose exports are damaged, set aside with a line each, and the last if it lacks.
+def first_to_make(run_dir: Path, last: int) -> int | None:
+    """The first step whose export has to be made again; None if the training is done.
+
+    Damaged exports are set aside with a line each, and the training forgets all that came after
+    the first of them, so that it goes on from there even if it is killed on the way.
 
     Args:
         run_dir: folder of the training.
         last: its number of steps.
     """
-    steps = set()
-    for name, files in _noted(run_dir).items():
-        if (run_dir / name).is_dir() and (fault := _fault(run_dir / name, files)):
-            place = set_aside(run_dir, run_dir / name)
+    noted = _noted(run_dir)
+    faults = {
+        _step_of(name): fault
+        for name, files in noted.items()
+        if (run_dir / name).is_dir() and (fault := _fault(run_dir / name, files))
+    }
+    if faults:
+        first = min(faults)
+        (run_dir / FINAL).unlink(missing_ok=True)
+        for path in _checkpoints(run_dir):
+            if _step(path) >= first:
+                path.unlink()
+        kept = {name: files for name, files in noted.items() if _step_of(name) < first}
+        write_atomically(run_dir / _EXPORTS, json.dumps(kept, indent=1).encode())
+        for step, fault in sorted(faults.items()):
+            place = set_aside(run_dir, run_dir / f"step_{step:06d}")
             print(f"{fault}; set aside in {place}, trained again", file=sys.stderr)
-            steps.add(int(name.removeprefix("step_")))
-    final = f"step_{last:06d}"
-    if not (run_dir / FINAL).exists():
-        if final in _noted(run_dir) and (run_dir / final).is_dir():
-            link_final(run_dir, final)
-        else:
-            steps.add(last)
-    return steps
+        return first
+    name = f"step_{last:06d}"
+    if not (run_dir / FINAL).exists() and name in noted and (run_dir / name).is_dir():
+        link_final(run_dir, name)
+    return None if (run_dir / FINAL).exists() else last
 
 
 def newest_checkpoint(run_dir: Path, before: int) -> str | None:
     """The last whole checkpoint before a step; damaged ones are set aside with a line each."""
-    for path in sorted((run_dir / "checkpoints").glob("*.ckpt"), reverse=True):
-        step = re.search(r"(\d+)\.ckpt$", path.name)
-        if step and int(step[1]) >= before:
+    for path in reversed(_checkpoints(run_dir)):
+        if _step(path) >= before:
             continue
         if _is_whole(path):
             return str(path)
         print(f"{path} is damaged; set aside in {set_aside(run_dir, path)}", file=sys.stderr)
     return None
+
+
+def _step_of(export: str) -> int:
+    return int(export.removeprefix("step_"))
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "checkpoints").glob("*.ckpt"))
+
+
+def _step(checkpoint: Path) -> int:
+    """Of a checkpoint, from its name; 0 if it names none."""
+    found = re.search(r"(\d+)\.ckpt$", checkpoint.name)
+    return int(found[1]) if found else 0
 
 
 def _is_whole(path: Path) -> bool:

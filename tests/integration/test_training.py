@@ -322,6 +322,18 @@ def test_a_damaged_export_is_made_again(damage, step, train, uninterrupted, tmp_
     assert "already trained" in train(run_dir).output
 
 
+def test_a_training_killed_while_it_makes_a_damaged_export_again_still_makes_it(
+    train, uninterrupted, tmp_path
+):
+    run_dir = shutil.copytree(uninterrupted, tmp_path / "run", symlinks=True)
+    flip_one_bit(run_dir / "step_000004" / WEIGHTS)
+    assert train(run_dir, at=2).code == -signal.SIGKILL
+    assert train(run_dir, at=7).code == -signal.SIGKILL
+    assert train(run_dir).code == 0
+    assert exports(run_dir) == exports(uninterrupted)
+    assert "already trained" in train(run_dir).output
+
+
 def test_the_last_export_is_made_again_and_one_deleted_on_purpose_is_not(
     train, uninterrupted, tmp_path
 ):
