@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -174,6 +175,23 @@ def seeded(make: Callable[[], Any]) -> Any:
         pipeline = make()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def save_lora(pipeline: Any, path: Path) -> None:
+    """Writes random LoRA weights of rank 2 for the attention of the denoiser."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    kind = "unet" if hasattr(pipeline, "unet") else "transformer"
+    denoiser = getattr(pipeline, kind)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        denoiser.add_adapter(config)
+    weights = get_peft_model_state_dict(denoiser)
+    denoiser.delete_adapters("default")
+    save_file({f"{kind}.{key}": value.contiguous() for key, value in weights.items()}, path)
 
 
 MAKERS: dict[str, Callable[[], Any]] = {

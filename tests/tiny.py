@@ -45,6 +45,16 @@ def save_images(path: Path, count: int) -> Path:
     return path
 
 
+def save_captions(folder: Path) -> Path:
+    """A caption and a class label for each of the first two images of a folder."""
+    rows = [
+        {"file_name": f"image-0{index}.png", "text": text, "label": index}
+        for index, text in enumerate(("a red fox", "a blue bird"))
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
 QUICK = (
     "inversion.num_steps=20",
     "inversion.check_every=5",
@@ -59,10 +69,20 @@ QUICK = (
     "trainer=cpu",
     "trainer.threads_per_device=1",
 )
+PROBABILITY = (
+    "measurement=probability", "measurement.bank_size=192", "measurement.block_size=16",
+    "measurement.min_count=150", "measurement.num_particles=8", "measurement.max_samples=400",
+    "measurement.repeats=2",
+)  # fmt: skip
+TRAJECTORY = (
+    "inversion=trajectory", "inversion.num_steps=12", "inversion.sampler_steps=2",
+    "inversion.batch_size=2", "inversion.num_check=4", "inversion.check_prior=false",
+)  # fmt: skip
 
 
 def command(model: Path, images: Path, run_dir: Path, *overrides: str) -> list[str]:
     """The measuring command on these inputs."""
+    without = "inversion.objective." if "inversion=trajectory" in overrides else "nothing"
     return [
         sys.executable,
         "-m",
@@ -71,7 +91,7 @@ def command(model: Path, images: Path, run_dir: Path, *overrides: str) -> list[s
         "dataset=folder",
         f"dataset.path={images}",
         f"run_dir={run_dir}",
-        *QUICK,
+        *(text for text in QUICK if not text.startswith(without)),
         *overrides,
     ]
 

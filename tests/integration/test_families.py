@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pipelines
@@ -27,12 +26,7 @@ CASES = {
 def captioned(tmp_path_factory):
     """Three images of 16x16, all but the last with a caption and a label; and a broken one."""
     folder = tiny.save_images(tmp_path_factory.mktemp("images") / "png", 3)
-    rows = [
-        {"file_name": f"image-0{index}.png", "text": text, "label": index}
-        for index, text in enumerate(("a red fox", "a blue bird"))
-    ]
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
+    return tiny.save_captions(folder)
 
 
 @pytest.mark.parametrize("family", CASES)

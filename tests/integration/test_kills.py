@@ -22,15 +22,6 @@ import tiny
 
 from invmm.results.seal import contents
 
-PROBABILITY = (
-    "measurement=probability", "measurement.bank_size=192", "measurement.block_size=16",
-    "measurement.min_count=150", "measurement.num_particles=8", "measurement.max_samples=400",
-    "measurement.repeats=2",
-)  # fmt: skip
-TRAJECTORY = (
-    "inversion=trajectory", "inversion.num_steps=12", "inversion.sampler_steps=2",
-    "inversion.batch_size=2", "inversion.num_check=4", "inversion.check_prior=false",
-)  # fmt: skip
 TRAINING = (
     "model=unet_tiny", "model.image_size=8", "model.block_out_channels=[8,16]",
     "model.attention_levels=[1]", "training.num_steps=60", "training.batch_size=4",
@@ -100,9 +91,7 @@ def cases(model, images, finished) -> dict[str, Case]:
 
     def measuring(*overrides: str) -> Callable[[Path], list[str]]:
         def begin(folder: Path) -> list[str]:
-            arguments = tiny.command(model, images, folder, "engine.slots=2", *overrides)[3:]
-            others = "inversion.objective" if "inversion=trajectory" in overrides else "none"
-            return [given for given in arguments if not given.startswith(others)]
+            return tiny.command(model, images, folder, "engine.slots=2", *overrides)[3:]
 
         return begin
 
@@ -123,8 +112,8 @@ def cases(model, images, finished) -> dict[str, Case]:
     options = ("--model", str(model), "--min-threshold", "0.05", "--min-samples", "3")
     return {
         "inversion": Case("measure", measuring(), sealed),
-        "trajectory": Case("measure", measuring(*TRAJECTORY), sealed),
-        "bank and splitting": Case("measure", measuring(*PROBABILITY), sealed),
+        "trajectory": Case("measure", measuring(*tiny.TRAJECTORY), sealed),
+        "bank and splitting": Case("measure", measuring(*tiny.PROBABILITY), sealed),
         "training": Case("train", training, exported),
         "collect": Case("collect", copied(), tables),
         "verify": Case("verify", copied(*options), tables),
