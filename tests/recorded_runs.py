@@ -59,12 +59,17 @@ class Run:
 PAPER_SD = ("inversion=paper_sd", "inversion.num_steps=4", "inversion.check_every=2")
 RUNS = {
     "pixel_adaptive": Run("ddpm", ("replication.num_confirm=4",)),
-    "pixel_trajectory": Run("ddpm", tiny.TRAJECTORY),
+    "pixel_trajectory": Run("ddpm", (
+        *tiny.TRAJECTORY, "inversion.num_steps=36", "replication.threshold=-0.03",
+        "replication.num_confirm=8",
+    )),
     "pixel_replay": Run("ddpm", (
         "measurement=replay", "measurement.source=pixel_adaptive", "measurement.num_samples=16",
         "sampler=ddpm",
     )),
-    "pixel_splitting": Run("ddpm", (*tiny.PROBABILITY, "trainer.devices=2")),
+    "pixel_splitting": Run("ddpm", (
+        *tiny.PROBABILITY, "replication.threshold=0.3", "trainer.devices=2",
+    )),
     "vq_shards": Run("ldm vq", (
         "inversion=paper_ldm", "inversion.num_steps=20", "inversion.check_every=5",
     ), shards=2),

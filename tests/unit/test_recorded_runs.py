@@ -136,18 +136,16 @@ def test_the_smallest_change_is_named_with_both_values(name, pair, capsys):
     assert not lines[RUN].endswith(" equal")
 
 
-@pytest.mark.parametrize(("gone", "line"), [
-    ("", "cannot be read: {} is missing or has no records"),
-    ("records", "cannot be read: {} is missing or has no records"),
-    (ARRAYS, "cannot be read: [Errno 2] No such file or directory: '{}/" + ARRAYS + "'"),
-])  # fmt: skip
+@pytest.mark.parametrize(("gone", "named"), [("", ""), ("records", ""), (ARRAYS, f"/{ARRAYS}")])
 @pytest.mark.parametrize("both", [False, True])
-def test_what_is_missing_is_not_equal_even_if_it_is_so_in_both(gone, line, both, pair, capsys):
+def test_what_is_missing_is_not_equal_even_if_it_is_so_in_both(gone, named, both, pair, capsys):
     for folder in pair if both else pair[1:]:
         without(gone)(folder / RUN)
     code, lines = compared(pair, capsys)
     assert code == 1
-    assert lines.pop(RUN) == line.format((pair[0] if both else pair[1]) / RUN)
+    line = lines.pop(RUN)
+    assert line.startswith("cannot be read: ")
+    assert f"{(pair[0] if both else pair[1]) / RUN}{named}" in line
     assert all(line.endswith(" equal") for line in lines.values())
 
 
