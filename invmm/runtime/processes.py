@@ -26,7 +26,6 @@ warnings.filterwarnings("ignore", module="pytorch_lightning")
 WORKER_DEATHS = (ProcessExitedException, ProcessRaisedException)
 """What a parent sees of a worker that was killed or raised."""
 
-
 _LAUNCHER_VARIABLES = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "STANDALONE_PORT", "TORCHELASTIC_USE_AGENT_STORE"),
@@ -44,6 +43,9 @@ def own_processes(settings: TrainerSettings, **options: Any) -> Iterator[pl.Trai
     Args:
         settings: accelerator and number of devices.
         options: further options of `pl.Trainer`.
+
+    Raises:
+        ValueError: a worker raised one, which arrives as text; as with a single device.
     """
     inherited = {name: os.environ.pop(name) for name in _LAUNCHER_VARIABLES if name in os.environ}
     launcher = None
@@ -59,6 +61,11 @@ def own_processes(settings: TrainerSettings, **options: Any) -> Iterator[pl.Trai
         )
         launcher = trainer.strategy.launcher
         yield trainer
+    except ProcessRaisedException as error:
+        kind, _, message = last_line(error).partition(": ")
+        if kind == ValueError.__name__:
+            raise ValueError(message) from None
+        raise
     finally:
         for process in getattr(launcher, "procs", []):
             process.terminate()

@@ -30,7 +30,7 @@ from invmm.runtime.signals import Interrupted, interruptible, raise_on_signals
 from invmm.runtime.trainer import TrainerSettings
 from invmm.runtime.training import TrainingSettings
 from invmm.runtime.training_data import TrainingImages, read_training_set
-from invmm.runtime.training_export import AveragedWeights, DivergedError, Export, Finiteness
+from invmm.runtime.training_export import AveragedWeights, Export, Finiteness
 from invmm.runtime.training_folder import (
     FINAL,
     check_images,
@@ -95,8 +95,6 @@ def train(run: TrainRun) -> int:
         except Interrupted as signal:
             exit_code, reason = signal.exit_code, f"stopped by {signal}"
         except WORKER_DEATHS as error:
-            if DivergedError.__name__ in str(error):  # a worker's error arrives as text
-                raise ValueError(last_line(error).partition(": ")[2]) from None
             reason = f"a worker died: {last_line(error)}"
         if not (folder.path / FINAL).exists():
             print(f"{reason}; the same command goes on from the last checkpoint", file=sys.stderr)

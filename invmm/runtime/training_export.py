@@ -39,10 +39,6 @@ class AveragedWeights(WeightAveraging):
         return trainee
 
 
-class DivergedError(ValueError):
-    """The weights of a training are not finite any more."""
-
-
 class Finiteness(pl.Callback):
     """Ends a training whose weights are not finite, before they are saved or exported.
 
@@ -65,14 +61,14 @@ class Finiteness(pl.Callback):
         """Checks the weights at this step if it is due; all processes have the same weights.
 
         Raises:
-            DivergedError: a weight is not finite.
+            ValueError: a weight is not finite.
         """
         step, every = trainer.global_step, (self.every, self.settings.checkpoint_every)
         if step not in self.steps and all(step % interval for interval in every):
             return
         weights = self.averaged.averaged_trainee().parameters()
         if not all(bool(weight.isfinite().all()) for weight in weights):
-            raise DivergedError(
+            raise ValueError(
                 f"training.learning_rate={self.settings.learning_rate:g} made the weights "
                 f"non-finite by step {step}; lower it, or training.gradient_clip, or begin with "
                 "training.warmup_steps"

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import tiny
 from integration.test_measure import wait_for
+
+from invmm.runtime.measure import _OneBatch
+from invmm.runtime.processes import own_processes
+from invmm.runtime.trainer import TrainerSettings
 
 SLURM_STEP = {
     "SLURM_JOB_ID": "8815", "SLURM_JOB_NAME": "invmm", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
@@ -95,4 +101,40 @@ def test_no_process_outlives_the_run_and_nothing_is_lost(
     wait_for(lambda: not any(map(is_alive, workers)), seconds=10)
     result = tiny.invmm(tiny.command(model, images, tmp_path / "run"))
     assert result.returncode == 0, result.stderr
+    assert tiny.records(tmp_path / "run") == tiny.records(run_dir)
+
+
+class Refuses(pl.LightningModule):
+    """A module of which the last process finds what no process can compute."""
+
+    def predict_step(self, batch, batch_idx):
+        if self.global_rank == self.trainer.world_size - 1:
+            raise ValueError("model.path=here: no such weights; give another")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_a_worker_refuses_is_refused(devices):
+    """In one line and as a ValueError, so that the command ends with exit code 2."""
+    settings = TrainerSettings(accelerator="cpu", devices=devices)
+    with (
+        pytest.raises(ValueError, match=r"^model\.path=here: no such weights; give another$"),
+        own_processes(settings, logger=False, enable_checkpointing=False) as trainer,
+    ):
+        trainer.predict(Refuses(), _OneBatch(), return_predictions=False)
+
+
+@pytest.mark.slow
+def test_damage_heals_with_several_devices_as_with_one(finished, model, images, tmp_path):
+    run_dir, _ = finished
+    shutil.copytree(run_dir, tmp_path / "run")
+    broken, gone, *_ = sorted((tmp_path / "run" / "records").iterdir())
+    arrays = broken / "arrays.safetensors"
+    arrays.write_bytes(arrays.read_bytes()[:-8])
+    (gone / "samples.png").unlink()
+    command = tiny.command(model, images, tmp_path / "run", "trainer.devices=2")
+    result = tiny.invmm(command)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if "set aside in" in line]
+    assert len(lines) == 2, result.stderr
     assert tiny.records(tmp_path / "run") == tiny.records(run_dir)
