@@ -103,9 +103,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     from invmm.cli.foreign import Own, has_images, least_threshold, rebuilt
     from invmm.inversion.saved import read_manifest
-    from invmm.runtime.evidence import chosen_records
-    from invmm.runtime.verdict import Rules
-    from invmm.runtime.verify import Verification, verify
+    from invmm.verification.evidence import chosen_records
+    from invmm.verification.verdict import Rules
+    from invmm.verification.verify import Verification, verify
 
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():

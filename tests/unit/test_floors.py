@@ -18,7 +18,7 @@ FLOORS = (
     {"inversion", "probability", "baselines"},
     {"models", "data", "replication"},
     {"results", "analysis"},
-    {"runtime"},
+    {"runtime", "verification"},
     {"cli"},
 )
 """Lowest first."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from invmm.analysis.style import one_line
 from invmm.inversion.confirmation import Confirmation
-from invmm.runtime.verdict import Claim, Verdict
+from invmm.verification.verdict import Claim, Verdict
 
 _NAME_WIDTH = 34
 

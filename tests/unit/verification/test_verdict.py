@@ -15,8 +15,8 @@ from invmm.engine.check import Check
 from invmm.engine.criterion import Passing
 from invmm.inversion.confirmation import Confirmation
 from invmm.probability.certificate import clopper_pearson, log_p_certified, lower_rate
-from invmm.runtime.findings import Finding, table
-from invmm.runtime.verdict import (
+from invmm.verification.findings import Finding, table
+from invmm.verification.verdict import (
     Claim,
     Rules,
     Verdict,

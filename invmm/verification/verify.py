@@ -34,11 +34,11 @@ from invmm.results.damage import SCHEMA_VERSION
 from invmm.results.records import read_records, unreadable_records
 from invmm.results.seal import seal_faults
 from invmm.runtime.conditions import Conditions
-from invmm.runtime.evidence import DRAWN_FROM, checked_network
-from invmm.runtime.findings import Finding, table
 from invmm.runtime.plan import MeasureRun
-from invmm.runtime.verdict import Claim, Rules, Verdict, unfound
 from invmm.runtime.worker import image_generator
+from invmm.verification.evidence import DRAWN_FROM, checked_network
+from invmm.verification.findings import Finding, table
+from invmm.verification.verdict import Claim, Rules, Verdict, unfound
 
 _BRIEFLY = 16
 """Fresh samples of a distribution that the search did not call a replica."""

@@ -1,0 +1,1 @@
+"""Does a record hold: its numbers recomputed, fresh samples drawn, and a verdict."""
