@@ -75,7 +75,7 @@ def memory_against_queue() -> dict[int, float]:
 def _tiny_model(path: Path) -> Path:
     from diffusers import DDPMPipeline
 
-    from invmm.models.architectures import UNet
+    from invmm.training.architectures import UNet
 
     torch.manual_seed(0)
     unet, scheduler = UNet(image_size=8, block_out_channels=[8], attention_levels=[]).build()

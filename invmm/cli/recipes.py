@@ -24,7 +24,6 @@ from invmm.inversion.inversion import Inversion
 from invmm.inversion.replay import Replay
 from invmm.inversion.trajectory import Trajectory
 from invmm.models.adapter import ModelInfo, ModelRecipe
-from invmm.models.architectures import TrainableModel
 from invmm.models.execution import Execution
 from invmm.probability.bank import BankMeasurement, only_guidance_scale
 from invmm.replication.replication import Replication
@@ -32,7 +31,8 @@ from invmm.results.run_folder import differences
 from invmm.runtime.loggers import RunLog
 from invmm.runtime.plan import MeasureRun, Shard
 from invmm.runtime.trainer import TrainerSettings
-from invmm.runtime.training import TrainingSettings
+from invmm.training.architectures import TrainableModel
+from invmm.training.settings import TrainingSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ ROOMS = (
     "data",
     "replication",
     "runtime",
+    "training",
 )
 """Rooms of the package whose dataclasses a config may name."""
 _TARGET = re.compile(rf"invmm\.({'|'.join(ROOMS)})(\.[a-z_]\w*)+\.[A-Z]\w*")

@@ -58,7 +58,7 @@ def _execute(
 ) -> int:
     from invmm.cli.compose import digest_of
     from invmm.runtime.launch import refuse_copies
-    from invmm.runtime.train import TrainRun, train
+    from invmm.training.train import TrainRun, train
 
     refuse_copies(can_shard=False)
     return train(

@@ -1,1 +1,1 @@
-"""Lightning: measuring with `predict`, training with `fit`, and watching both."""
+"""Measuring with Lightning's `predict`: processes, devices, signals and trackers."""

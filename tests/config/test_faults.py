@@ -107,7 +107,7 @@ def test_a_key_of_another_option_is_answered_with_that_option(faults):
      "sampler.eta=0"),
     (["measurement.num_steps=30"], "measurement.num_steps is read only; give inversion.num_steps"),
     (["model=unet_tiny"],
-     "model._target_=invmm.models.architectures.UNet is no ModelRecipe; choose another "
+     "model._target_=invmm.training.architectures.UNet is no ModelRecipe; choose another "
      "model=OPTION"),
     (["out="], "out= is not possible: it should have at least 1 character"),
     (["run_dir=2024"],

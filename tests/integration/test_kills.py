@@ -34,7 +34,7 @@ TRAINING = (
 def forked():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["diffusers", "invmm.runtime.train", "invmm.runtime.measure", "invmm.cli.verify"]
+        ["diffusers", "invmm.training.train", "invmm.runtime.measure", "invmm.cli.verify"]
     )
     return context
 

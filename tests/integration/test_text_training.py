@@ -18,8 +18,8 @@ from invmm.data.dataset import ImageEntry
 from invmm.data.manifest import TrainingManifest
 from invmm.diffusion.sampling import Sampler, draw
 from invmm.models.pipeline import LatentPipeline
-from invmm.models.text import TextUNet
-from invmm.runtime.training_data import read_training_set
+from invmm.training.images import read_training_set
+from invmm.training.text_model import TextUNet
 
 __all__ = ["processes", "train"]  # fixtures
 
@@ -118,7 +118,7 @@ def test_samples_differ_by_caption_and_held_out_words_are_known(trained):
 
 
 def test_text_encoder_and_denoiser_are_trained_and_the_autoencoder_is_not(trained):
-    from invmm.models.text import identity_autoencoder
+    from invmm.training.text_model import identity_autoencoder
 
     early, late = (
         LatentPipeline(path=str(trained / name)).load(torch.device("cpu")).pipeline

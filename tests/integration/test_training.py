@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 
 from invmm.data.dataset import ImageEntry, ImageError, LoadedImage
 from invmm.data.manifest import TrainingManifest
-from invmm.models.architectures import UNet
 from invmm.models.pixel import PixelUNet
 from invmm.runtime.trainer import TrainerSettings
-from invmm.runtime.training import TrainingSettings
-from invmm.runtime.training_data import read_training_set
+from invmm.training.architectures import UNet
+from invmm.training.images import read_training_set
+from invmm.training.settings import TrainingSettings
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 COPIES = {"one": 1, "three": 3, "broken": 1, "held": 0}
@@ -139,7 +139,7 @@ def _work(job: Job) -> None:
 @pytest.fixture(scope="session")
 def processes():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["diffusers", "invmm.runtime.train"])
+    context.set_forkserver_preload(["diffusers", "invmm.training.train"])
     return context
 
 

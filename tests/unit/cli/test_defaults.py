@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 from invmm.cli.schema import build
 from invmm.inversion.replay import Replay
 from invmm.inversion.trajectory import Trajectory
-from invmm.models.architectures import UNet
 from invmm.probability.free_sampling import FreeSampling
 from invmm.probability.splitting import Splitting
+from invmm.training.architectures import UNet
 
 CONF = Path(__file__).parents[3] / "conf"
 SHIPPED = [

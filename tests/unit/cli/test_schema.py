@@ -191,7 +191,7 @@ def test_a_class_that_is_not_there_is_a_fault():
 
 
 @pytest.mark.parametrize(("expected", "target", "kind"), [
-    (ModelRecipe, "invmm.models.architectures.UNet", "ModelRecipe"),
+    (ModelRecipe, "invmm.training.architectures.UNet", "ModelRecipe"),
     (Measurement, "invmm.diffusion.sampling.Sampler", "Measurement"),
     (Sampler, "invmm.data.dataset.ImageEntry", "Sampler"),
 ])  # fmt: skip

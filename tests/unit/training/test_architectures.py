@@ -9,14 +9,14 @@ import pytest
 import torch
 import yaml
 
-from invmm.models.architectures import TrainableModel, UNet
+from invmm.training.architectures import TrainableModel, UNet
 
 CONF = Path(__file__).parents[3] / "conf" / "model"
 
 
 def preset(name: str) -> UNet:
     values = yaml.safe_load((CONF / f"{name}.yaml").read_text())
-    assert values.pop("_target_") == "invmm.models.architectures.UNet"
+    assert values.pop("_target_") == "invmm.training.architectures.UNet"
     return UNet(**values)
 
 

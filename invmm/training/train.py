@@ -18,7 +18,6 @@ from torch import Tensor
 from invmm.data.dataset import DatasetRecipe, ImageDataset
 from invmm.data.manifest import TrainingManifest
 from invmm.exits import Exit
-from invmm.models.architectures import TrainableModel, Trainee
 from invmm.results.run_folder import RunFolder
 from invmm.runtime.processes import (
     WORKER_DEATHS,
@@ -28,15 +27,16 @@ from invmm.runtime.processes import (
 from invmm.runtime.progress import TrainingBar
 from invmm.runtime.signals import Interrupted, interruptible, raise_on_signals
 from invmm.runtime.trainer import TrainerSettings
-from invmm.runtime.training import TrainingSettings
-from invmm.runtime.training_data import TrainingImages, read_training_set
-from invmm.runtime.training_export import AveragedWeights, Export, Finiteness
-from invmm.runtime.training_folder import (
+from invmm.training.architectures import TrainableModel, Trainee
+from invmm.training.export import AveragedWeights, Export, Finiteness
+from invmm.training.folder import (
     FINAL,
     check_images,
     first_to_make,
     newest_checkpoint,
 )
+from invmm.training.images import TrainingImages, read_training_set
+from invmm.training.settings import TrainingSettings
 
 _LOG_EVERY = 50
 

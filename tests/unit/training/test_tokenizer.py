@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from invmm.models.tokenizer import merges_of, word_tokenizer
+from invmm.training.tokenizer import merges_of, word_tokenizer
 
 CAPTIONS = [
     "white flower",

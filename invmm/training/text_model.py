@@ -14,8 +14,8 @@ import torch
 from annotated_types import Ge, Gt, Le, MinLen
 from torch import Tensor, nn
 
-from invmm.models.architectures import check_network, check_noise
-from invmm.models.tokenizer import word_tokenizer
+from invmm.training.architectures import check_network, check_noise
+from invmm.training.tokenizer import word_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

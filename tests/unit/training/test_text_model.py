@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 
-from invmm.models.architectures import TrainableModel
-from invmm.models.text import TextUNet, identity_autoencoder
+from invmm.training.architectures import TrainableModel
+from invmm.training.text_model import TextUNet, identity_autoencoder
 
 CONF = Path(__file__).parents[3] / "conf" / "model" / "text_tiny.yaml"
 CAPTIONS = ["white flower", "lower flowers", "tear-off calendar"]
@@ -21,7 +21,7 @@ TINY = {
 
 def preset() -> TextUNet:
     values = yaml.safe_load(CONF.read_text())
-    assert values.pop("_target_") == "invmm.models.text.TextUNet"
+    assert values.pop("_target_") == "invmm.training.text_model.TextUNet"
     return TextUNet(**values)
 
 

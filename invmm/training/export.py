@@ -14,9 +14,9 @@ from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor
 
 from invmm.data.manifest import TrainingManifest
-from invmm.models.architectures import Trainee
-from invmm.runtime.training import TrainingSettings
-from invmm.runtime.training_folder import MANIFEST, link_final, note_export
+from invmm.training.architectures import Trainee
+from invmm.training.folder import MANIFEST, link_final, note_export
+from invmm.training.settings import TrainingSettings
 
 
 def _average(
