@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from invmm.cli.compose import compose_job
-from invmm.cli.schema import build
+from invmm.config.compose import compose_job
+from invmm.config.schema import build
 from invmm.exits import Exit
 from invmm.runtime.loggers import RunLog, WandbLog
 

@@ -36,7 +36,7 @@ BEYOND = {
     "analysis": "tests/unit/test_studies.py",
 }
 """Room -> the tests of the rooms that use it."""
-SETTINGS = "tests/unit/cli/test_settings_page.py tests/unit/cli/test_defaults.py"
+SETTINGS = "tests/unit/config/test_settings_page.py tests/unit/config/test_defaults.py"
 """The tests of every room's settings."""
 EQUIVALENT = (
     "ReplaceComparisonOperator_Is_Eq", "ReplaceComparisonOperator_IsNot_NotEq",

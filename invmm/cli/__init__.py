@@ -1,1 +1,1 @@
-"""The commands. The only room that knows Hydra; heavy rooms are imported when a command runs."""
+"""The commands; heavy rooms are imported when a command runs."""

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from invmm.cli.compose import compose_job, identity_of
-from invmm.cli.recipes import check_machine, check_measure, plan_of
-from invmm.cli.schema import build
+from invmm.config.compose import compose_job, identity_of
+from invmm.config.recipes import check_machine, check_measure, plan_of
+from invmm.config.schema import build
 from invmm.data.folder import ImageFolder
 from invmm.data.memory import MemoryImages
 from invmm.models.auto import AutoModel

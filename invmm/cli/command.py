@@ -75,7 +75,7 @@ class Command:
         self, overrides: list[str], *, multirun: bool
     ) -> list[tuple[dict[str, Any], Any]] | None:
         """(config, recipes) of every job; None, and all faults printed, if there are any."""
-        from invmm.cli.compose import compose_job, is_launched, jobs, launcher_faults
+        from invmm.config.compose import compose_job, is_launched, jobs, launcher_faults
 
         by_fault: dict[str, list[str]] = {}
         general: list[str] = []
@@ -108,8 +108,8 @@ class Command:
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         import hydra
 
-        from invmm.cli.compose import permissive
         from invmm.cli.job import HydraJob, JobFailed
+        from invmm.config.compose import permissive
 
         job = HydraJob(self.work)
 
@@ -134,7 +134,7 @@ class Command:
 
     def work(self, config: Mapping[str, Any], folder: Path) -> int:
         """Executes one job and returns its exit code."""
-        from invmm.cli.compose import identity_of
+        from invmm.config.compose import identity_of
 
         faults: list[str] = []
         self.check_machine(config, faults)

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from invmm.cli.compose import digest_of
-from invmm.cli.lists import shortened
-from invmm.cli.recipes import MeasureConfig
+from invmm.config.compose import digest_of
+from invmm.config.lists import shortened
+from invmm.config.recipes import MeasureConfig
 from invmm.data.parquet_files import NotReachedError
 from invmm.engine.outcomes import CostRange, Evaluations
 from invmm.models.adapter import ModelInfo, ModelRecipe

@@ -56,8 +56,8 @@ def rebuilt(run_dir: Path, manifest: Mapping[str, Any], own: Own) -> MeasureRun:
     Raises:
         ValueError: the config was altered, something is missing, or is not accepted.
     """
-    from invmm.cli.compose import digest_of, identity_of
-    from invmm.cli.recipes import check_measure, plan_of
+    from invmm.config.compose import digest_of, identity_of
+    from invmm.config.recipes import check_measure, plan_of
     from invmm.results.run_folder import stored_config
 
     config = manifest["config"]

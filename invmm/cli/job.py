@@ -12,8 +12,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from invmm.cli.compose import job_config, register_resolvers
-from invmm.cli.lists import contents
+from invmm.config.compose import job_config, register_resolvers
+from invmm.config.lists import contents
 
 register_resolvers()  # a launcher's process gets them by unpickling a job
 
@@ -39,7 +39,7 @@ class HydraJob:
         work: (plain config, folder of the job) -> exit code.
         codes: exit codes of the jobs that ran in the launching process.
         launched_by: id of that process.
-        lists: what the command read from files, see `invmm.cli.lists`; pickled with the job.
+        lists: what the command read from files, see `invmm.config.lists`; pickled with the job.
     """
 
     work: Callable[[Mapping[str, Any], Path], int]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from invmm.cli.command import Command
 
 if TYPE_CHECKING:
-    from invmm.cli.recipes import MeasureConfig
+    from invmm.config.recipes import MeasureConfig
 
 HELP = """
 invmm tells which images a diffusion model has memorized, and how strongly: it searches the noise
@@ -26,13 +26,13 @@ Examples:
 
 
 def _check(config: Mapping[str, Any], faults: list[str]) -> MeasureConfig | None:
-    from invmm.cli.recipes import check_measure
+    from invmm.config.recipes import check_measure
 
     return check_measure(config, faults)
 
 
 def _check_machine(config: Mapping[str, Any], faults: list[str]) -> None:
-    from invmm.cli.recipes import check_machine
+    from invmm.config.recipes import check_machine
 
     check_machine(config, faults)
 
@@ -46,7 +46,7 @@ def _dry_run(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
 def _execute(
     recipes: MeasureConfig, config: Mapping[str, Any], folder: Path, identity: Mapping[str, Any]
 ) -> int:
-    from invmm.cli.recipes import plan_of
+    from invmm.config.recipes import plan_of
     from invmm.runtime.launch import refuse_copies
     from invmm.runtime.measure import measure
 

@@ -12,7 +12,7 @@ from invmm.exits import Exit
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from invmm.cli.recipes import ThresholdConfig
+    from invmm.config.recipes import ThresholdConfig
 
 HELP = """
 invmm-threshold compares every image of a data set with every other. All are different, since of
@@ -31,7 +31,7 @@ Examples:
 
 
 def _check(config: Mapping[str, Any], faults: list[str]) -> ThresholdConfig | None:
-    from invmm.cli.recipes import check_threshold
+    from invmm.config.recipes import check_threshold
 
     return check_threshold(config, faults)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from invmm.cli.command import Command
 
 if TYPE_CHECKING:
-    from invmm.cli.recipes import TrainConfig
+    from invmm.config.recipes import TrainConfig
 
 HELP = """
 invmm-train trains a small diffusion model on images of which some are planted many times, and
@@ -25,13 +25,13 @@ Examples:
 
 
 def _check(config: Mapping[str, Any], faults: list[str]) -> TrainConfig | None:
-    from invmm.cli.recipes import check_train
+    from invmm.config.recipes import check_train
 
     return check_train(config, faults)
 
 
 def _check_machine(config: Mapping[str, Any], faults: list[str]) -> None:
-    from invmm.cli.recipes import check_machine
+    from invmm.config.recipes import check_machine
 
     check_machine(config, faults)
 
@@ -56,7 +56,7 @@ def _dry_run(recipes: TrainConfig, config: Mapping[str, Any]) -> str:
 def _execute(
     recipes: TrainConfig, config: Mapping[str, Any], folder: Path, identity: Mapping[str, Any]
 ) -> int:
-    from invmm.cli.compose import digest_of
+    from invmm.config.compose import digest_of
     from invmm.runtime.launch import refuse_copies
     from invmm.training.train import TrainRun, train
 

@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from invmm.cli import measure, threshold, train
-from invmm.cli.compose import groups
+from invmm.config.compose import groups
 
 
 def run(arguments, tmp_path, module="measure"):

@@ -14,9 +14,9 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 
 from invmm.cli import measure, threshold, train
-from invmm.cli.compose import compose_job, groups
 from invmm.cli.estimate import Plan
-from invmm.cli.schema import build
+from invmm.config.compose import compose_job, groups
+from invmm.config.schema import build
 from invmm.data.openmoji import OpenMoji
 from invmm.engine.outcomes import CostRange, Evaluations
 from invmm.inversion.controllers import AdaptiveKLWeight, FixedKLWeight
@@ -436,7 +436,7 @@ def test_a_slurm_job_is_one_task_that_starts_its_devices_itself(inputs):
 def test_a_missing_launcher_names_what_to_install(name, inputs, capsys, monkeypatch):
     _, _, extra = LAUNCHERS[name]
     monkeypatch.setattr(
-        "invmm.cli.compose.compose",
+        "invmm.config.compose.compose",
         lambda *arguments: (_ for _ in ()).throw(
             HydraException(f"In 'hydra/launcher/{name}': Could not find 'hydra/launcher/{extra}'")
         ),

@@ -18,8 +18,8 @@ from PIL import Image
 from test_networks import pixel_pipeline
 from tiny import QUICK
 
-from invmm.cli.compose import compose_job, identity_of
-from invmm.cli.recipes import check_measure, plan_of
+from invmm.config.compose import compose_job, identity_of
+from invmm.config.recipes import check_measure, plan_of
 from invmm.data.memory import MemoryImages
 from invmm.engine.finiteness import Stage
 from invmm.models.borrowed import BorrowedModel

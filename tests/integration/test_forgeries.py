@@ -22,7 +22,7 @@ import written
 from safetensors.torch import load_file, save_file
 
 from invmm.cli import verify
-from invmm.cli.compose import digest_of, identity_of
+from invmm.config.compose import digest_of, identity_of
 from invmm.files import record_key
 from invmm.probability.certificate import clopper_pearson, log_p_certified, lower_rate
 from invmm.results.collect import collect

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from studies import EXPERIMENTS, calls_of
 
-from invmm.cli.compose import compose_job, digest_of
+from invmm.config.compose import compose_job, digest_of
 
 ROOT = EXPERIMENTS.parent
 STUDIES = sorted(

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from invmm.cli.command import Command
-from invmm.cli.compose import compose_job, digest_of
+from invmm.config.compose import compose_job, digest_of
 
 GIVEN = ("model.path=m", "dataset=folder", "dataset.path=i")
 

@@ -13,8 +13,8 @@ from release import SCRIPTS, Run, Script
 from torch import Tensor
 from worlds import Direction, PixelWorld, make_target
 
-from invmm.cli.compose import compose_job
-from invmm.cli.schema import build
+from invmm.config.compose import compose_job
+from invmm.config.schema import build
 from invmm.data.prompt import Prompt
 from invmm.diffusion.sampling import Sampler
 from invmm.diffusion.schedule import NoiseSchedule

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from invmm.cli.overrides import key_of
+from invmm.config.overrides import key_of
 
 PRESETS = "experiment"
 """The group whose options set values of other groups."""

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from invmm.cli.compose import compose_job, jobs
+from invmm.config.compose import compose_job, jobs
 
 
 def read(text: str, *, multirun: bool = False) -> tuple[list[list[str]], list[str], list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from invmm.cli.compose import compose_job, digest_of, groups, jobs, permissive
+from invmm.config.compose import compose_job, digest_of, groups, jobs, permissive
 
 MODEL = "model.path=somewhere"
 

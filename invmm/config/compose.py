@@ -17,9 +17,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from invmm.cli.lists import contents, with_lists
-from invmm.cli.overrides import OverrideReader, first_line, key_of
-from invmm.cli.precedence import options_win
+from invmm.config.lists import contents, with_lists
+from invmm.config.overrides import OverrideReader, first_line, key_of
+from invmm.config.precedence import options_win
 from invmm.files import json_digest
 
 CONF = "invmm.conf"

@@ -7,7 +7,7 @@ from importlib.resources import files
 import pytest
 import yaml
 
-from invmm.cli.compose import compose_job, digest_of
+from invmm.config.compose import compose_job, digest_of
 
 
 def composed(*overrides: str, config_name: str = "measure"):

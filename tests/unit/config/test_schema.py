@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import pytest
 from annotated_types import Ge, Le
 
-from invmm.cli.schema import build
+from invmm.config.schema import build
 from invmm.diffusion.sampling import Sampler
 from invmm.engine.protocols import Measurement
 from invmm.inversion.controllers import AdaptiveKLWeight

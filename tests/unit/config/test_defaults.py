@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from invmm.cli.schema import build
+from invmm.config.schema import build
 from invmm.inversion.replay import Replay
 from invmm.inversion.trajectory import Trajectory
 from invmm.probability.free_sampling import FreeSampling

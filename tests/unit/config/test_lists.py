@@ -8,9 +8,9 @@ import pickle
 import cloudpickle
 import pytest
 
-from invmm.cli import lists
-from invmm.cli.compose import compose_job, digest_of, jobs
 from invmm.cli.job import HydraJob
+from invmm.config import lists
+from invmm.config.compose import compose_job, digest_of, jobs
 
 GIVEN = ("model.path=m", "dataset=cifar10")
 

@@ -174,7 +174,7 @@ def _node_type(hint: Any) -> type | None:
 
 
 def _unknown(path: str, name: str, value: Any, known: Mapping[str, Any]) -> str:
-    from invmm.cli.compose import options_with
+    from invmm.config.compose import options_with
 
     group = path.rpartition(".")[0]
     if others := options_with(group, name):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 
 from annotated_types import Ge, Gt, Lt, MinLen
 
-from invmm.cli.schema import build
+from invmm.config.schema import build
 from invmm.data.dataset import DatasetRecipe
 from invmm.data.prompt import Prompt
 from invmm.diffusion.guidance import is_guided
