@@ -10,8 +10,9 @@ import torch
 from invmm.data.dataset import ImageEntry, LoadedImage
 from invmm.engine.outcomes import Evaluations, Outcome, Seconds, Status
 from invmm.results.damage import FILES, vouched
-from invmm.results.records import write_record
+from invmm.results.ownership import OwnedRunFolder
 from invmm.results.run_folder import RunFolder
+from invmm.runtime.recording import write_record
 
 CONFIG = {"seed": 3, "sampler": {"steps": 20}}
 DIGEST = "0123456789ab"
@@ -60,7 +61,7 @@ def vouch(place: Path, **changes) -> None:
 
 def write_run(path: Path) -> Path:
     """Two duplicated, one single, two held-out images and a broken one, out of order."""
-    with RunFolder.open(path, config=CONFIG, digest=DIGEST) as folder:
+    with OwnedRunFolder(path, config=CONFIG, digest=DIGEST) as folder:
         write(folder, entry("z-failed", 1), Outcome(status=Status.FAILED, error="truncated"),
               loaded=None, second_opinion=None)  # fmt: skip
         write(folder, entry("held-near", 0), outcome(Status.NOT_REPLICATED, similarity=0.45))

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from invmm.cli.measure import COMMAND
-from invmm.results.run_folder import read_processes
+from invmm.results.processes import read_processes
 
 QUEUES = (64, 512, 4096)
 

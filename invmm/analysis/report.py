@@ -13,8 +13,8 @@ from invmm.analysis.table import (
     table,
 )
 from invmm.results.collect import collect
+from invmm.results.processes import read_processes
 from invmm.results.records import record_faults
-from invmm.results.run_folder import read_processes
 
 
 def report(run_dir: Path) -> str:

@@ -58,7 +58,7 @@ def rebuilt(run_dir: Path, manifest: Mapping[str, Any], own: Own) -> MeasureRun:
     """
     from invmm.config.compose import digest_of, identity_of
     from invmm.config.recipes import check_measure, plan_of
-    from invmm.results.run_folder import stored_config
+    from invmm.results.ownership import stored_config
 
     config = manifest["config"]
     if digest_of(config) != manifest["config_digest"]:

@@ -102,7 +102,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     import torch
 
     from invmm.cli.foreign import Own, has_images, least_threshold, rebuilt
-    from invmm.inversion.saved import read_manifest
+    from invmm.results.record_files import read_manifest
     from invmm.verification.evidence import chosen_records
     from invmm.verification.verdict import Rules
     from invmm.verification.verify import Verification, verify

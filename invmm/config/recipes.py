@@ -27,7 +27,7 @@ from invmm.models.adapter import ModelInfo, ModelRecipe
 from invmm.models.execution import Execution
 from invmm.probability.bank import BankMeasurement, only_guidance_scale
 from invmm.replication.replication import Replication
-from invmm.results.run_folder import differences
+from invmm.results.ownership import differences
 from invmm.runtime.loggers import RunLog
 from invmm.runtime.plan import MeasureRun, Shard
 from invmm.runtime.trainer import TrainerSettings

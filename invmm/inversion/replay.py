@@ -20,14 +20,9 @@ from invmm.engine.outcomes import CostRange, Outcome, Status
 from invmm.engine.protocols import Setting, Target
 from invmm.files import record_key
 from invmm.inversion.confirmation import Confirmation, confirm
-from invmm.inversion.saved import (
-    check_picture,
-    load_record,
-    read_manifest,
-    saved_noise,
-    saved_tensors,
-)
+from invmm.inversion.saved import check_picture, saved_noise, saved_tensors
 from invmm.probability.bank import only_guidance_scale, sampling_cost
+from invmm.results.record_files import load_record, read_manifest
 
 _MEASURED = (Status.REPLICATED, Status.NOT_REPLICATED, Status.DIVERGED)
 

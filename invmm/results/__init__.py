@@ -1,1 +1,1 @@
-"""What a run leaves on disk: a manifest, one record per image, one table."""
+"""The folder of a run: who may write into it, and reading what it holds; no torch here."""

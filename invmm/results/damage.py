@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from invmm.files import file_sha256, record_key
-from invmm.inversion.saved import load_record
 from invmm.results.columns import misfit
+from invmm.results.record_files import load_record
 
 SCHEMA_VERSION = 3
 """Of records; those of 2 know neither their files nor a checksum."""

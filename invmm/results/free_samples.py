@@ -5,39 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from invmm.files import read_file, write_atomically
 from invmm.results.damage import set_aside
 from invmm.results.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-
-def write_block(path: Path, embeddings: Tensor) -> None:
+def write_block(path: Path, embeddings: np.ndarray) -> None:
     """Writes a block with the digest of its place and its values.
 
     Args:
         path: from `RunFolder.bank_block`.
-        embeddings: (B, D) on the CPU.
+        embeddings: (B, D).
     """
-    from safetensors.torch import save
-
-    embeddings = embeddings.contiguous()
+    embeddings = np.ascontiguousarray(embeddings)
     write_atomically(path, save({"embeddings": embeddings}, {"sha256": _digest(path, embeddings)}))
 
 
-def read_block(path: Path) -> Tensor:
+def read_block(path: Path) -> np.ndarray:
     """The (B, D) embeddings of a block; those of an earlier version carry no digest.
 
     Raises:
         ValueError: it is damaged, in one line.
     """
-    from safetensors.torch import load
-
     try:
         content = read_file(path)
         embeddings = load(content)["embeddings"]
@@ -62,6 +56,6 @@ def set_blocks_aside(folder: RunFolder) -> list[str]:
     return lines
 
 
-def _digest(path: Path, embeddings: Tensor) -> str:
-    shape = f"{path.name} {tuple(embeddings.shape)} {embeddings.dtype} "
-    return hashlib.sha256(shape.encode() + embeddings.numpy().tobytes()).hexdigest()
+def _digest(path: Path, embeddings: np.ndarray) -> str:
+    shape = f"{path.name} {embeddings.shape} torch.{embeddings.dtype} "
+    return hashlib.sha256(shape.encode() + embeddings.tobytes()).hexdigest()

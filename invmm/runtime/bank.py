@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from invmm.engine.engine import Engine
@@ -15,7 +16,8 @@ from invmm.engine.protocols import Setting, Target
 from invmm.engine.slots import Job
 from invmm.probability.bank import Bank, DrawnBank
 from invmm.results.free_samples import read_block, write_block
-from invmm.results.run_folder import Claim, RunFolder
+from invmm.results.locks import Lease
+from invmm.results.run_folder import RunFolder
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -43,7 +45,7 @@ def draw_bank(
     while missing := [block for block, file in enumerate(files) if not file.exists()]:
         if not _draw_blocks(missing, files, bank, target, setting, engine, folder):
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-    embeddings = torch.cat([read_block(file) for file in files])
+    embeddings = torch.from_numpy(np.concatenate([read_block(file) for file in files]))
     check_finite([(Stage.SIMILARITY, embeddings)])
     return DrawnBank(bank, embeddings)
 
@@ -58,7 +60,7 @@ def _draw_blocks(
     folder: RunFolder,
 ) -> int:
     """Draws those blocks that nobody else does; how many."""
-    claims: dict[str, tuple[Claim, Path]] = {}
+    claims: dict[str, tuple[Lease, Path]] = {}
 
     async def embeddings(block: int) -> Outcome:
         vectors = await bank.vectors(block, target, setting)
@@ -79,6 +81,6 @@ def _draw_blocks(
                 raise NonFiniteError(outcome.error)
             if outcome.error is not None:
                 raise ValueError(f"{job.key} could not be drawn: {outcome.error}")
-            write_block(file, outcome.tensors["embeddings"])
+            write_block(file, outcome.tensors["embeddings"].numpy())
         drawn += 1
     return drawn

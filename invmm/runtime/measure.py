@@ -13,13 +13,14 @@ from invmm.analysis.report import report
 from invmm.data.dataset import ImageDataset, ImageEntry, ImageError
 from invmm.engine.outcomes import Status
 from invmm.exits import Exit
-from invmm.inversion.saved import load_record
 from invmm.probability.bank import BankMeasurement
 from invmm.results.free_samples import set_blocks_aside
-from invmm.results.manifest import Inputs, write_manifest
-from invmm.results.records import read_records, why_nothing_is_measured
+from invmm.results.ownership import OwnedRunFolder
+from invmm.results.record_files import load_record
+from invmm.results.records import read_records
 from invmm.results.run_folder import RunFolder
 from invmm.results.seal import seal
+from invmm.runtime.manifest import Inputs, write_manifest
 from invmm.runtime.plan import MeasureRun
 from invmm.runtime.processes import (
     WORKER_DEATHS,
@@ -27,6 +28,7 @@ from invmm.runtime.processes import (
     own_processes,
 )
 from invmm.runtime.progress import progress_bar
+from invmm.runtime.recording import why_nothing_is_measured
 from invmm.runtime.signals import Interrupted, interruptible, raise_on_signals
 from invmm.runtime.trainer import TrainerSettings
 from invmm.runtime.worker import Worker
@@ -45,7 +47,7 @@ def measure(run: MeasureRun) -> int:
     dataset = run.dataset.open(run.model.describe().image_size)
     run.prompt.check(dataset.entries)
     shard = str(run.shard) if run.shard else None
-    with RunFolder.open(run.run_dir, config=run.identity, digest=run.digest, shard=shard) as folder:
+    with OwnedRunFolder(run.run_dir, config=run.identity, digest=run.digest, shard=shard) as folder:
         inputs = Inputs.of(run.model, run.replication, dataset)
         write_manifest(
             folder, inputs, config=run.config, seed=run.seed, problems=list(dataset.problems)

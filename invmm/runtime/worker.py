@@ -21,12 +21,13 @@ from invmm.engine.requests import Denoise
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
 from invmm.probability.bank import BankMeasurement, SharedBank
-from invmm.results.records import write_record
-from invmm.results.run_folder import Claim, RunFolder
+from invmm.results.locks import Lease
+from invmm.results.run_folder import RunFolder
 from invmm.runtime.bank import draw_bank
 from invmm.runtime.conditions import Conditions
 from invmm.runtime.plan import MeasureRun
 from invmm.runtime.processes import peak_memory_bytes
+from invmm.runtime.recording import write_record
 
 
 def image_generator(seed: int, image_id: str) -> torch.Generator:
@@ -65,7 +66,7 @@ class Worker:
         )
         self.measurement = run.measurement
         self._bank_fault: NonFiniteError | None = None
-        self._claims: dict[str, tuple[ImageEntry, Claim]] = {}
+        self._claims: dict[str, tuple[ImageEntry, Lease]] = {}
         self._loaded: dict[str, LoadedImage] = {}
 
     def drain(self) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from invmm.data.dataset import DatasetRecipe, ImageDataset
 from invmm.data.manifest import TrainingManifest
 from invmm.exits import Exit
-from invmm.results.run_folder import RunFolder
+from invmm.results.ownership import OwnedRunFolder
 from invmm.runtime.processes import (
     WORKER_DEATHS,
     last_line,
@@ -77,7 +77,7 @@ def train(run: TrainRun) -> int:
             model or at all, or the weights became non-finite, which are not exported.
     """
     run.training.check_devices(run.trainer.devices)
-    with RunFolder.open(run.run_dir, config=run.config, digest=run.digest) as folder:
+    with OwnedRunFolder(run.run_dir, config=run.config, digest=run.digest) as folder:
         dataset = run.dataset.open(run.model.image_size)
         images, manifest = read_training_set(dataset, run.seed)
         check_images(folder.path, manifest)

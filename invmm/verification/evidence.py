@@ -13,8 +13,8 @@ from invmm.engine.outcomes import Status
 from invmm.models.borrowed import BorrowedModel
 from invmm.models.execution import LoadedNetwork
 from invmm.models.latent import LatentNetwork
+from invmm.results.ownership import differences
 from invmm.results.records import read_records
-from invmm.results.run_folder import differences
 from invmm.runtime.plan import MeasureRun
 
 SEARCHED = frozenset({Status.REPLICATED, Status.NOT_REPLICATED, Status.DIVERGED, Status.FAILED})

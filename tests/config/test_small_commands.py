@@ -13,7 +13,7 @@ from PIL import Image
 
 from invmm.cli import collect
 from invmm.engine.outcomes import Status
-from invmm.results.run_folder import RunFolder
+from invmm.results.ownership import OwnedRunFolder
 
 
 def test_the_threshold_counts_false_matches(tmp_path):
@@ -58,7 +58,7 @@ def runs(tmp_path):
         written.outcome(Status.NOT_REPLICATED, similarity=0.3),
     ]
     for folder, outcome in zip(folders, outcomes, strict=True):
-        with RunFolder.open(folder, config=written.CONFIG, digest=written.DIGEST) as opened:
+        with OwnedRunFolder(folder, config=written.CONFIG, digest=written.DIGEST) as opened:
             written.write(opened, written.entry("x.png", 4), outcome)
     return folders
 

@@ -23,8 +23,8 @@ from invmm.config.recipes import check_measure, plan_of
 from invmm.data.memory import MemoryImages
 from invmm.engine.finiteness import Stage
 from invmm.models.borrowed import BorrowedModel
+from invmm.results.ownership import OwnedRunFolder
 from invmm.results.records import read_records
-from invmm.results.run_folder import RunFolder
 from invmm.runtime.worker import Worker
 
 CPU = torch.device("cpu")
@@ -104,7 +104,7 @@ def measured(run, path):
     """The one record of a run."""
     dataset = run.dataset.open(run.model.describe().image_size)
     run = replace(run, run_dir=path)
-    with RunFolder.open(path, config=run.identity, digest=run.digest) as folder:
+    with OwnedRunFolder(path, config=run.identity, digest=run.digest) as folder:
         Worker(run, folder, dataset, dataset.entries, CPU).drain()
     (record,) = read_records(path)
     return record

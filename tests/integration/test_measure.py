@@ -18,7 +18,7 @@ import tiny
 from safetensors.torch import load_file, save_file
 
 from invmm.cli.measure import COMMAND
-from invmm.results.run_folder import read_processes
+from invmm.results.processes import read_processes
 from invmm.runtime import measure
 
 

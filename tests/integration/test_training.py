@@ -103,7 +103,7 @@ def _work(job: Job) -> None:
     """Runs in the child."""
     from diffusers import DDPMPipeline
 
-    from invmm.runtime import train as module
+    from invmm.training import train as module
 
     output = os.open(job.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):

@@ -26,11 +26,11 @@ from invmm.inversion.frequency import to_frequencies
 from invmm.probability.certificate import clopper_pearson, log_p_certified, lower_rate
 from invmm.results.collect import collect
 from invmm.results.damage import VOUCHING
+from invmm.results.ownership import OwnedRunFolder
 from invmm.results.records import read_records
-from invmm.results.run_folder import RunFolder
 from invmm.results.seal import contents, root_hash
-from invmm.runtime import verify as verify_module
 from invmm.runtime.worker import image_generator
+from invmm.verification import verify as verify_module
 
 
 @pytest.fixture
@@ -334,7 +334,7 @@ def test_another_image_is_not_taken_for_it(finished, model, images, verified, tm
 def test_the_picture_of_a_record_holds_the_very_pixels(tmp_path):
     values = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     loaded = LoadedImage(pixels=to_pixels(Image.fromarray(values)), sha256="ab" * 32)
-    with RunFolder.open(tmp_path, config=written.CONFIG, digest=written.DIGEST) as folder:
+    with OwnedRunFolder(tmp_path, config=written.CONFIG, digest=written.DIGEST) as folder:
         written.write(folder, written.entry("it"), Outcome(status=Status.FAILED), loaded=loaded)
         content = (folder.record_folder("it") / "target.png").read_bytes()
     assert torch.equal(load_image(content, size=16, resize="crop").pixels, loaded.pixels)

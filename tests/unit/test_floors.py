@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +17,10 @@ PACKAGE = Path(invmm.__file__).parent
 FLOORS = (
     {"diffusion"},
     {"engine"},
+    {"results"},
     {"inversion", "probability", "baselines"},
     {"models", "data", "replication"},
-    {"results", "analysis"},
+    {"analysis"},
     {"runtime", "training", "verification"},
     {"config"},
     {"cli"},
@@ -29,6 +32,8 @@ HOMES = {
     "pytorch_lightning": {"runtime", "training"},
     "lightning": {"runtime", "training"},
 }
+TORCHLESS = {"results"}
+"""Rooms that read what a run left, on machines without torch too."""
 """Framework -> the only rooms that may import it."""
 
 
@@ -76,6 +81,8 @@ def breaches(sources: dict[str, str]) -> list[str]:
             homes = HOMES.get(imported.split(".")[0])
             if homes and room(module) not in homes:
                 found.append(f"{module} imports {imported}, which belongs to {sorted(homes)}")
+            if room(module) in TORCHLESS and "torch" in imported.split("."):
+                found.append(f"{module} imports {imported}, and is to do without torch")
     return found
 
 
@@ -110,6 +117,8 @@ def test_there_is_no_circle():
     ("invmm.diffusion.sampling", "from invmm.engine.engine import Engine"),
     ("invmm.engine.engine", "def f():\n    import invmm.runtime.measure"),
     ("invmm.results.records", "from invmm import cli"),
+    ("invmm.results.records", "from invmm.inversion import saved"),
+    ("invmm.results.records", "def f():\n    from safetensors.torch import load"),
     ("invmm.runtime.measure", "import hydra"),
     ("invmm.runtime.measure", "from omegaconf import OmegaConf"),
     ("invmm.models.pixel", "if True:\n    from pytorch_lightning import Trainer"),
@@ -125,3 +134,9 @@ def test_a_circle_is_seen():
     }
     with pytest.raises(graphlib.CycleError):
         order(sources)
+
+
+def test_reading_a_run_loads_no_torch():
+    names = sorted(name for name in modules() if room(name) in TORCHLESS)
+    script = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -8,7 +8,7 @@ import torch
 import written
 
 from invmm.engine.outcomes import Outcome, Status
-from invmm.results.run_folder import RunFolder
+from invmm.results.ownership import OwnedRunFolder
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def run_dir(tmp_path):
 @pytest.fixture
 def scored_dir(tmp_path):
     """A run of a membership score: two duplicated, one single, two held-out, one that diverged."""
-    with RunFolder.open(tmp_path / "scored", config={}, digest="d") as folder:
+    with OwnedRunFolder(tmp_path / "scored", config={}, digest="d") as folder:
         for name, copies, score in (("dup", 8, 1.5e-7), ("twice", 2, 0.0125), ("once", 1, 0.5),
                                     ("out", 0, 0.25), ("far", 0, 12.0)):  # fmt: skip
             result = Outcome(status=Status.SCORED, score=score)
@@ -43,7 +43,7 @@ BANK = {
 @pytest.fixture
 def bank_dir(tmp_path):
     """A run of counts over one bank."""
-    with RunFolder.open(tmp_path / "bank", config={}, digest="d") as folder:
+    with OwnedRunFolder(tmp_path / "bank", config={}, digest="d") as folder:
         folder.bank_block(0).parent.mkdir()
         for name, (copies, replicas) in BANK.items():
             log_p = np.log(len(replicas) / 100) if replicas else None

@@ -12,7 +12,7 @@ import written
 
 from invmm.engine.outcomes import Status
 from invmm.results.collect import collect
-from invmm.results.run_folder import RunFolder
+from invmm.results.ownership import OwnedRunFolder
 
 PLOT = Path(__file__).parents[3] / "experiments" / "duplication" / "plot.py"
 
@@ -73,7 +73,7 @@ def test_numbers_of_copies_by_hand(plot, tmp_path, monkeypatch, capsys):
         }
         for name, of_icons in outcomes.items():
             path = Path(f"results/duplication/{name}_{training}")
-            with RunFolder.open(path, config=written.CONFIG, digest=written.DIGEST) as folder:
+            with OwnedRunFolder(path, config=written.CONFIG, digest=written.DIGEST) as folder:
                 for icon, outcome in of_icons.items():
                     written.write(folder, written.entry(icon, COPIES[icon][training]), outcome)
             collect(path)

@@ -21,7 +21,7 @@ from studies import EXPERIMENTS, calls_of
 from invmm.analysis import study as study_module
 from invmm.engine.outcomes import Evaluations, Outcome, Status
 from invmm.results.collect import collect
-from invmm.results.run_folder import RunFolder
+from invmm.results.ownership import OwnedRunFolder
 
 ICONS = [(copies, twin) for copies in (64, 32, 16, 8, 4, 2, 1, 0) for twin in (0, 1)]
 FREE_SAMPLES = 1000
@@ -110,7 +110,7 @@ def write_study(folder: Path, study: str) -> None:
         outcome = outcome_of(overrides)
         given = dict(override.split("=", 1) for override in overrides)
         run_dir = folder / given.get("run_dir", f"results/{study}")
-        with RunFolder.open(run_dir, config={}, digest="d") as run:
+        with OwnedRunFolder(run_dir, config={}, digest="d") as run:
             if outcome is counted:
                 run.bank_block(0).parent.mkdir()
             for copies, twin in ICONS:

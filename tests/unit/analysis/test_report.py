@@ -17,7 +17,7 @@ from invmm.analysis.style import COLOURS, one_line
 from invmm.analysis.table import accounting, duplicate_groups, summary, table
 from invmm.engine.outcomes import Outcome, Status
 from invmm.results.collect import collect, score_table
-from invmm.results.run_folder import RunFolder
+from invmm.results.ownership import OwnedRunFolder
 
 
 @pytest.fixture
@@ -89,14 +89,14 @@ def test_the_summary_counts_by_group_with_intervals(frame):
 
 
 def test_the_two_aurocs_differ_where_similarity_separates(tmp_path):
-    with RunFolder.open(tmp_path, config={}, digest="d") as folder:
+    with OwnedRunFolder(tmp_path, config={}, digest="d") as folder:
         for name, copies, similarity in (("a", 4, 0.8), ("b", 4, 0.3), ("c", 0, 0.4)):
             result = written.outcome(Status.NOT_REPLICATED, similarity=similarity)
             written.write(folder, written.entry(name, copies), result)
     text = summary(score_table([tmp_path]))
     assert "ties broken by best similarity: 0.500" in text
     assert "score alone: 0.500" in text
-    with RunFolder.open(tmp_path, config={}, digest="d") as folder:
+    with OwnedRunFolder(tmp_path, config={}, digest="d") as folder:
         result = written.outcome(Status.NOT_REPLICATED, similarity=0.9)
         written.write(folder, written.entry("d", 4), result)
     text = summary(score_table([tmp_path]))
@@ -122,7 +122,7 @@ def test_the_report_writes_everything_and_the_same_bytes_again(run_dir):
 
 
 def test_the_report_names_damaged_records(run_dir):
-    with RunFolder.open(run_dir, config=written.CONFIG, digest=written.DIGEST) as folder:
+    with OwnedRunFolder(run_dir, config=written.CONFIG, digest=written.DIGEST) as folder:
         path = folder.record_folder("few") / "record.json"
     path.write_text("{")
     text = report(run_dir)
@@ -169,7 +169,7 @@ def test_the_histogram_keeps_the_unreplicated_apart(run_dir, monkeypatch):
 
 
 def test_nothing_measured_is_a_report_too(tmp_path):
-    with RunFolder.open(tmp_path, config={}, digest="d"):
+    with OwnedRunFolder(tmp_path, config={}, digest="d"):
         pass
     report(tmp_path)
     assert np.array(Image.open(tmp_path / "gallery.png")).size > 0
@@ -177,7 +177,7 @@ def test_nothing_measured_is_a_report_too(tmp_path):
 
 
 def test_only_failures_are_a_report_too(tmp_path):
-    with RunFolder.open(tmp_path, config={}, digest="d") as folder:
+    with OwnedRunFolder(tmp_path, config={}, digest="d") as folder:
         failed = Outcome(status=Status.FAILED, error="no image")
         written.write(folder, written.entry("a", None), failed, loaded=None, second_opinion=None)
     assert "FAILED a: no image" in report(tmp_path)

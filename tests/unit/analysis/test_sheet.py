@@ -13,7 +13,7 @@ from invmm.analysis.study import read_run
 from invmm.analysis.style import style
 from invmm.engine.outcomes import Outcome, Status
 from invmm.results.collect import collect
-from invmm.results.run_folder import RunFolder
+from invmm.results.ownership import OwnedRunFolder
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def run(tmp_path_factory):
     """One icon that came back once, one that never did, and one that could not be loaded."""
     path = tmp_path_factory.mktemp("run")
     samples = torch.stack([torch.zeros(3, 4, 4), -torch.ones(3, 4, 4)])
-    with RunFolder.open(path, config=written.CONFIG, digest=written.DIGEST) as folder:
+    with OwnedRunFolder(path, config=written.CONFIG, digest=written.DIGEST) as folder:
         for image_id, status, similarity, count in (
             ("returned", Status.ESTIMATED, 0.5, 1),
             ("never", Status.CENSORED, 0.49, 0),

@@ -29,7 +29,7 @@ from invmm.engine.outcomes import Evaluations, Outcome, Status
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
 from invmm.inversion.replay import Replay
-from invmm.results.run_folder import RunFolder
+from invmm.results.ownership import OwnedRunFolder
 
 
 def eight_bits(target):
@@ -52,7 +52,7 @@ def source(tmp_path):
 
     def saved(target, status=Status.REPLICATED, **columns):
         tensors = distribution(target.pixels.shape) if status is Status.REPLICATED else {}
-        with RunFolder.open(path, config=written.CONFIG, digest=written.DIGEST) as folder:
+        with OwnedRunFolder(path, config=written.CONFIG, digest=written.DIGEST) as folder:
             written.write(
                 folder,
                 written.entry(target.image_id),

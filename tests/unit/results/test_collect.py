@@ -18,7 +18,7 @@ from invmm.results.collect import (
     ranked,
     score_table,
 )
-from invmm.results.run_folder import RunFolder
+from invmm.results.ownership import OwnedRunFolder
 
 ASKED_FOR = [
     "image_id",
@@ -74,7 +74,7 @@ def test_collecting_again_changes_no_byte(run_dir):
 
 
 def test_no_record_makes_the_same_table_without_rows(tmp_path, run_dir):
-    with RunFolder.open(tmp_path / "empty", config={}, digest="d"):
+    with OwnedRunFolder(tmp_path / "empty", config={}, digest="d"):
         pass
     empty = collect(tmp_path / "empty")
     assert len(empty) == 0
@@ -91,7 +91,7 @@ def test_several_runs_are_joined_with_their_names(tmp_path, run_dir):
 
 
 def test_columns_of_a_measurement_come_last_and_hide_nothing(tmp_path):
-    with RunFolder.open(tmp_path, config={}, digest="d") as folder:
+    with OwnedRunFolder(tmp_path, config={}, digest="d") as folder:
         mine = {"log_p": -4.0, "status": "wrong"}
         result = written.outcome(Status.REPLICATED, score=0.5, columns=mine)
         written.write(folder, written.entry("a"), result)
@@ -102,7 +102,7 @@ def test_columns_of_a_measurement_come_last_and_hide_nothing(tmp_path):
 
 
 def test_a_file_name_that_is_not_utf8_is_shown_escaped(tmp_path):
-    with RunFolder.open(tmp_path, config={}, digest="d") as folder:
+    with OwnedRunFolder(tmp_path, config={}, digest="d") as folder:
         image = written.entry(os.fsdecode(b"caf\xe9.png"))
         written.write(folder, image, written.outcome(Status.NOT_REPLICATED))
     collect(tmp_path)

@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from invmm.analysis.report import report
 from invmm.engine.outcomes import Status
 from invmm.results.damage import FILES, checksum, record_fault, set_aside
+from invmm.results.ownership import OwnedRunFolder
 from invmm.results.records import read_records, record_faults
-from invmm.results.run_folder import RunFolder
 
 ENTRIES = [written.entry(name) for name in ("a", "b")]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    with RunFolder.open(tmp_path / "run", config=written.CONFIG, digest=written.DIGEST) as folder:
+    with OwnedRunFolder(tmp_path / "run", config=written.CONFIG, digest=written.DIGEST) as folder:
         for entry in ENTRIES:
             result = written.outcome(Status.NOT_REPLICATED, similarity=0.1, columns={"count": 0})
             written.write(folder, entry, result)
@@ -228,7 +228,7 @@ def test_what_stands_in_the_way_of_locks_and_logs_is_set_aside(tmp_path, name, k
     outside.write_bytes(b"mine")
     make = {"pipe": os.mkfifo, "link": lambda path: path.symlink_to(outside), "folder": os.mkdir}
     make[kind](path)
-    with RunFolder.open(run, config=written.CONFIG, digest=written.DIGEST) as folder:
+    with OwnedRunFolder(run, config=written.CONFIG, digest=written.DIGEST) as folder:
         written.write(folder, ENTRIES[0], written.outcome(Status.NOT_REPLICATED))
         folder.note_process({"pid": 1})
     assert outside.read_bytes() == b"mine"
@@ -255,7 +255,7 @@ def test_a_config_that_is_gone_or_damaged_comes_back_if_the_manifest_names_it(fo
 
 def reopened(folder):
     """As the next run of the same command opens it."""
-    with RunFolder.open(folder.path, config=written.CONFIG, digest=written.DIGEST) as found:
+    with OwnedRunFolder(folder.path, config=written.CONFIG, digest=written.DIGEST) as found:
         return found
 
 

@@ -10,12 +10,12 @@ import written
 from safetensors.torch import save_file
 
 from invmm.results.free_samples import read_block, set_blocks_aside, write_block
-from invmm.results.run_folder import RunFolder
+from invmm.results.ownership import OwnedRunFolder
 
 
 @pytest.fixture
 def folder(tmp_path):
-    with RunFolder.open(tmp_path / "run", config=written.CONFIG, digest=written.DIGEST) as folder:
+    with OwnedRunFolder(tmp_path / "run", config=written.CONFIG, digest=written.DIGEST) as folder:
         folder.bank_block(0).parent.mkdir()
         for block in (0, 1):
             write_block(folder.bank_block(block), torch.full((4, 3), float(block)))

@@ -15,20 +15,20 @@ from safetensors.torch import load_file
 
 from invmm.engine.outcomes import Outcome, Status
 from invmm.results import records as module
+from invmm.results.ownership import OwnedRunFolder
 from invmm.results.records import (
     read_curves,
     read_pictures,
     read_records,
     record_faults,
     unreadable_records,
-    why_nothing_is_measured,
 )
-from invmm.results.run_folder import RunFolder
+from invmm.runtime.recording import why_nothing_is_measured
 
 
 @pytest.fixture
 def folder(tmp_path):
-    with RunFolder.open(tmp_path / "run", config=written.CONFIG, digest="d") as folder:
+    with OwnedRunFolder(tmp_path / "run", config=written.CONFIG, digest="d") as folder:
         yield folder
 
 

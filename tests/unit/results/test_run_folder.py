@@ -15,7 +15,8 @@ import written
 
 from invmm.engine.accounting import EngineSummary
 from invmm.engine.outcomes import Outcome, Status
-from invmm.results.run_folder import RunFolder, differences, read_processes
+from invmm.results.ownership import OwnedRunFolder, differences
+from invmm.results.processes import read_processes
 
 HOLD = """
 import sys, time
@@ -23,7 +24,7 @@ from pathlib import Path
 from invmm.results.run_folder import RunFolder
 path, what = Path(sys.argv[1]), sys.argv[2]
 if what == "run":
-    owned = RunFolder.open(path, config={"a": 1}, digest="d")
+    owned = OwnedRunFolder(path, config={"a": 1}, digest="d")
 else:
     claim = RunFolder(path, "d").claim(what)
     assert claim is not None
@@ -34,7 +35,7 @@ time.sleep(60)
 
 @pytest.fixture
 def folder(tmp_path):
-    with RunFolder.open(tmp_path / "run", config=written.CONFIG, digest="d") as folder:
+    with OwnedRunFolder(tmp_path / "run", config=written.CONFIG, digest="d") as folder:
         yield folder
 
 
@@ -57,10 +58,10 @@ def test_another_process_is_refused_until_it_dies(tmp_path):
     other = held_elsewhere(tmp_path, "run")
     try:
         with pytest.raises(ValueError, match=f"another run is at work in {tmp_path}"):
-            RunFolder.open(tmp_path, config={"a": 1}, digest="d")
+            OwnedRunFolder(tmp_path, config={"a": 1}, digest="d")
     finally:
         end(other)
-    with RunFolder.open(tmp_path, config={"a": 1}, digest="d") as folder:
+    with OwnedRunFolder(tmp_path, config={"a": 1}, digest="d") as folder:
         assert folder.path == tmp_path
 
 
@@ -87,17 +88,17 @@ def test_a_finished_image_cannot_be_claimed(folder):
 def test_another_config_is_refused_with_both_values(tmp_path):
     before = {"seed": 0, "sampler": {"steps": 20, "eta": 0.0}, "same": [1, 2]}
     after = {"seed": 7, "sampler": {"steps": 20, "eta": 0.5}, "same": [1, 2]}
-    with RunFolder.open(tmp_path, config=before, digest="one") as folder:
+    with OwnedRunFolder(tmp_path, config=before, digest="one") as folder:
         written.write(folder, written.entry("a"), written.outcome(Status.REPLICATED, score=0.1))
     with pytest.raises(ValueError, match="holds a run of another config") as refusal:
-        RunFolder.open(tmp_path, config=after, digest="two")
+        OwnedRunFolder(tmp_path, config=after, digest="two")
     message = str(refusal.value)
     assert "seed was 0 and is 7" in message
     assert "sampler.eta was 0.0 and is 0.5" in message
     assert "steps" not in message
     assert "choose another run_dir" in message
     # a refusal leaves nothing locked
-    with RunFolder.open(tmp_path, config=before, digest="one"):
+    with OwnedRunFolder(tmp_path, config=before, digest="one"):
         pass
 
 
@@ -105,70 +106,70 @@ def test_another_config_is_refused_with_both_values(tmp_path):
 def test_a_config_that_is_damaged_or_not_a_runs_is_said_and_stays(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json is damaged or not a run's"):
-        RunFolder.open(tmp_path, config={}, digest="one")
+        OwnedRunFolder(tmp_path, config={}, digest="one")
     assert (tmp_path / "config.json").read_text() == content
 
 
 @pytest.mark.parametrize("shard", [None, "0/2"])
 def test_a_run_without_results_leaves_no_claim(shard, tmp_path):
     for digest in ("one", "two"):
-        with RunFolder.open(tmp_path, config={"a": digest}, digest=digest, shard=shard) as folder:
+        with OwnedRunFolder(tmp_path, config={"a": digest}, digest=digest, shard=shard) as folder:
             assert not (tmp_path / "manifest.json").exists()
             assert json.loads((tmp_path / "config.json").read_bytes())["digest"] == digest
             (tmp_path / "manifest.json").write_text("{}")
     written.write(folder, written.entry("a"), written.outcome(Status.REPLICATED, score=0.1))
     with pytest.raises(ValueError, match="a was two and is one"):
-        RunFolder.open(tmp_path, config={"a": "one"}, digest="one", shard=shard)
+        OwnedRunFolder(tmp_path, config={"a": "one"}, digest="one", shard=shard)
 
 
 @pytest.mark.parametrize("result", [
     "free_samples/00000.safetensors", "checkpoints/step=00000003.ckpt", "step_000004/model.json",
 ])  # fmt: skip
 def test_other_results_than_records_claim_a_folder_too(result, tmp_path):
-    with RunFolder.open(tmp_path, config={}, digest="one"):
+    with OwnedRunFolder(tmp_path, config={}, digest="one"):
         (tmp_path / result).parent.mkdir()
         (tmp_path / result).touch()
     with pytest.raises(ValueError, match="holds a run of another config"):
-        RunFolder.open(tmp_path, config={}, digest="two")
+        OwnedRunFolder(tmp_path, config={}, digest="two")
 
 
 def test_a_shard_at_work_keeps_its_claim_before_its_first_record(tmp_path):
-    with RunFolder.open(tmp_path, config={"a": 1}, digest="one", shard="0/2"):
-        with RunFolder.open(tmp_path, config={"a": 1}, digest="one", shard="1/2"):
+    with OwnedRunFolder(tmp_path, config={"a": 1}, digest="one", shard="0/2"):
+        with OwnedRunFolder(tmp_path, config={"a": 1}, digest="one", shard="1/2"):
             pass
         with pytest.raises(ValueError, match="a was 1 and is 2"):
-            RunFolder.open(tmp_path, config={"a": 2}, digest="two", shard="1/2")
+            OwnedRunFolder(tmp_path, config={"a": 2}, digest="two", shard="1/2")
         with pytest.raises(ValueError, match="another run is at work"):
-            RunFolder.open(tmp_path, config={"a": 2}, digest="two")
+            OwnedRunFolder(tmp_path, config={"a": 2}, digest="two")
 
 
 def test_a_process_that_outlived_its_run_keeps_the_claim(tmp_path):
     """A worker may take a moment to notice that the command that started it was killed."""
-    with RunFolder.open(tmp_path, config={"a": 1}, digest="one"):
+    with OwnedRunFolder(tmp_path, config={"a": 1}, digest="one"):
         pass
     other = held_elsewhere(tmp_path, "cat.png")
     try:
         with pytest.raises(ValueError, match="a was 1 and is 2"):
-            RunFolder.open(tmp_path, config={"a": 2}, digest="two")
+            OwnedRunFolder(tmp_path, config={"a": 2}, digest="two")
     finally:
         end(other)
-    with RunFolder.open(tmp_path, config={"a": 2}, digest="two"):
+    with OwnedRunFolder(tmp_path, config={"a": 2}, digest="two"):
         pass
 
 
 def test_a_folder_that_cannot_be_written_is_a_users_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"run_dir=.*file/run cannot be written"):
-        RunFolder.open(tmp_path / "file" / "run", config={}, digest="d")
+        OwnedRunFolder(tmp_path / "file" / "run", config={}, digest="d")
 
 
 def test_coming_back_sweeps_up_what_a_kill_left(tmp_path):
-    with RunFolder.open(tmp_path, config={}, digest="d") as folder:
+    with OwnedRunFolder(tmp_path, config={}, digest="d") as folder:
         place = folder.record_folder("a")
         place.mkdir(parents=True)
     leftover = place / ".record.json.123.tmp"
     leftover.write_text("{")
-    with RunFolder.open(tmp_path, config={}, digest="d"):
+    with OwnedRunFolder(tmp_path, config={}, digest="d"):
         assert not leftover.exists()
 
 
@@ -219,7 +220,7 @@ def test_differences_of_nested_configs():
 
 def test_shards_work_side_by_side_but_not_twice_and_not_beside_a_whole_run(tmp_path):
     def open_as(shard):
-        return RunFolder.open(tmp_path, config={}, digest="d", shard=shard)
+        return OwnedRunFolder(tmp_path, config={}, digest="d", shard=shard)
 
     with open_as("0/2"), open_as("1/2"):
         for shard in ("1/2", None):
@@ -232,12 +233,12 @@ def test_shards_work_side_by_side_but_not_twice_and_not_beside_a_whole_run(tmp_p
 
 
 def test_a_shard_leaves_what_another_is_writing(tmp_path):
-    with RunFolder.open(tmp_path, config={}, digest="d"):
+    with OwnedRunFolder(tmp_path, config={}, digest="d"):
         pass
     (tmp_path / ".scores.csv.1234.tmp").touch()
-    with RunFolder.open(tmp_path, config={}, digest="d", shard="0/2"):
+    with OwnedRunFolder(tmp_path, config={}, digest="d", shard="0/2"):
         assert (tmp_path / ".scores.csv.1234.tmp").exists()
-    with RunFolder.open(tmp_path, config={}, digest="d"):
+    with OwnedRunFolder(tmp_path, config={}, digest="d"):
         assert not (tmp_path / ".scores.csv.1234.tmp").exists()
 
 

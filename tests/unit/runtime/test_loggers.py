@@ -14,7 +14,7 @@ from PIL import Image
 
 from invmm.analysis.report import report
 from invmm.engine.outcomes import Status
-from invmm.results.run_folder import RunFolder
+from invmm.results.ownership import OwnedRunFolder
 from invmm.runtime.loggers import CsvLog, RunLog, TensorBoardLog, WandbLog
 
 PUBLISH = Path(__file__).parents[3] / "experiments" / "publish.py"
@@ -54,7 +54,7 @@ def test_csv_holds_every_curve_with_its_steps(run_dir):
 
 
 def test_csv_of_nothing_has_its_header(tmp_path):
-    with RunFolder.open(tmp_path, config={}, digest="d"):
+    with OwnedRunFolder(tmp_path, config={}, digest="d"):
         pass
     CsvLog().publish(tmp_path, {})
     assert (tmp_path / "curves.csv").read_text() == "image_id,curve,step,value\n"
@@ -267,7 +267,7 @@ def test_logs_fulfil_their_protocol(log):
 
 
 def test_one_value_that_is_not_finite_does_not_stop_a_view(tmp_path):
-    with RunFolder.open(tmp_path, config={}, digest="d") as folder:
+    with OwnedRunFolder(tmp_path, config={}, digest="d") as folder:
         diverged = written.outcome(Status.DIVERGED, curves={"loss": [1.0, float("nan")]})
         written.write(folder, written.entry("a"), diverged)
     CsvLog().publish(tmp_path, {})

@@ -20,7 +20,8 @@ from invmm.data.manifest import list_digest
 from invmm.files import read_file, write_atomically
 from invmm.models.adapter import ModelRecipe
 from invmm.replication.replication import Replication
-from invmm.results.run_folder import RunFolder, differences
+from invmm.results.ownership import differences
+from invmm.results.run_folder import RunFolder
 
 _PACKAGES = ("invmm", "torch", "diffusers", "pytorch-lightning", "onnxruntime", "numpy", "pillow")
 

@@ -11,8 +11,8 @@ import written
 
 from invmm.replication.correlation import PixelCorrelation
 from invmm.replication.replication import Replication
-from invmm.results.manifest import Inputs, write_manifest
-from invmm.results.run_folder import RunFolder
+from invmm.results.ownership import OwnedRunFolder
+from invmm.runtime.manifest import Inputs, write_manifest
 
 INPUTS = Inputs(
     model={"unet/weights.safetensors": "aa"},
@@ -25,7 +25,7 @@ INPUTS = Inputs(
 
 @pytest.fixture
 def folder(tmp_path):
-    with RunFolder.open(tmp_path / "run", config=written.CONFIG, digest="d") as folder:
+    with OwnedRunFolder(tmp_path / "run", config=written.CONFIG, digest="d") as folder:
         yield folder
 
 
