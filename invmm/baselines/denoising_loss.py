@@ -17,7 +17,7 @@ from invmm.diffusion.sampling import Sampler
 from invmm.diffusion.schedule import NoiseSchedule
 from invmm.engine.criterion import ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Outcome
-from invmm.engine.protocols import Setting, Target
+from invmm.engine.protocols import Setting, Target, Use, refuse_searched_prompt
 from invmm.engine.requests import Denoise
 
 
@@ -38,6 +38,11 @@ class DenoisingLoss:
     timesteps: Annotated[Sequence[Annotated[int, Ge(0)]], MinLen(1)] = (100,)
     num_noises: Annotated[int, Ge(1)] = 32
     seed: Annotated[int, Ge(0)] = 0
+
+    def check(self, use: Use) -> None:
+        """See `Measurement`: the model has the noise levels."""
+        refuse_searched_prompt(self, use)
+        self.check_schedule(use.schedule())
 
     def check_schedule(self, schedule: NoiseSchedule) -> None:
         """Refuses a model without these noise levels.

@@ -18,7 +18,7 @@ from invmm.diffusion.sampling import Sampler
 from invmm.diffusion.schedule import NoiseSchedule
 from invmm.engine.criterion import ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Outcome
-from invmm.engine.protocols import Setting, Target
+from invmm.engine.protocols import Setting, Target, Use, refuse_searched_prompt
 from invmm.engine.requests import Denoise
 
 
@@ -47,6 +47,11 @@ class SecMI:
                 f"measurement.timestep={self.timestep} is not reached in steps of "
                 f"measurement.step={self.step}; use measurement.timestep={nearest}"
             )
+
+    def check(self, use: Use) -> None:
+        """See `Measurement`: the model has the noise levels."""
+        refuse_searched_prompt(self, use)
+        self.check_schedule(use.schedule())
 
     def check_schedule(self, schedule: NoiseSchedule) -> None:
         """Refuses a model without these noise levels.

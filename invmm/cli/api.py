@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from invmm.config.compose import compose_job, identity_of
-from invmm.config.recipes import check_machine, check_measure, plan_of
+from invmm.config.compose import compose_job
+from invmm.config.recipes import check_machine, check_measure
 from invmm.config.schema import build
 from invmm.data.folder import ImageFolder
 from invmm.data.memory import MemoryImages
@@ -27,7 +27,6 @@ _TAKEN = {
     "shard": "a call measures all images; give it those of one part",
 }
 """Keys that are arguments of `measure` -> what to do instead."""
-_DEFAULT_FOLDER = ImageFolder(path="-")
 _CHANGES_THE_PIPELINE = (
     "execution.compile",
     "execution.channels_last",
@@ -82,34 +81,31 @@ def measure(
     faults: list[str] = []
     folder_options = ["dataset=folder", "dataset.path=memory"] if is_folder else []
     plain = compose_job("measure", ["model.path=memory", *folder_options, *overrides], faults)
-    recipes = None
+    run = None
     if plain and is_folder:
         dataset = build(ImageFolder, {**plain["dataset"], "path": str(images)}, "dataset", faults)
     if plain and dataset is not None:
         _take_device(plain, model.device, faults)
         if options := build(AutoModel, plain["model"], "model", faults):
             model = replace(model, latent_scale=options.latent_scale)
-        given = {**plain, "model": model, "dataset": dataset}
-        recipes = check_measure(given, faults)
+        folder = {"run_dir": str(run_dir)} if run_dir else {}
+        given = {**plain, "model": model, "dataset": dataset, **folder}
+        run = check_measure(given, faults)
         check_machine(given, faults)
-    if faults or recipes is None or dataset is None:
+    if faults or run is None:
         raise ValueError("\n".join(faults))
-    if recipes.trainer.devices > 1:
+    if run.trainer.devices > 1:
         raise ValueError("trainer.devices must be 1: a pipeline in memory lives in one process")
     with model.as_it_was():
-        config = {**plain, "model": _identity(model), "dataset": _described(dataset)}
-        identity = identity_of(config)
-        folder = Path(run_dir) if run_dir else None
-        plan = plan_of(recipes, folder=folder, config=config, identity=identity)
-        code = run_measure(plan)
+        code = run_measure(run, run.folder)
     if code > 128:
         raise KeyboardInterrupt
     if code:
         raise RuntimeError(
-            f"some images have no record in {plan.run_dir}, or every image failed, as printed "
+            f"some images have no record in {run.folder}, or every image failed, as printed "
             'above; the same call continues the run, with "retry_failed=true" the failed ones too'
         )
-    return pd.read_parquet(plan.run_dir / "scores.parquet")
+    return pd.read_parquet(run.folder / "scores.parquet")
 
 
 def _refuse_taken(overrides: Sequence[str], *, is_folder: bool) -> None:
@@ -143,16 +139,3 @@ def _take_device(plain: dict[str, Any], device: Any, faults: list[str]) -> None:
         )
     elif named in ("auto", "gpu", "cuda", "mps"):
         plain["trainer"] = {**trainer, "accelerator": accelerator}
-
-
-def _identity(model: BorrowedModel) -> dict[str, Any]:
-    scale = model.describe().latent_scale
-    return model.fingerprint() if scale is None else {**model.fingerprint(), "latent_scale": scale}
-
-
-def _described(dataset: ImageFolder | MemoryImages) -> Any:
-    if isinstance(dataset, ImageFolder):
-        options = vars(dataset).items()
-        chosen = {key: value for key, value in options if value != vars(_DEFAULT_FOLDER)[key]}
-        return {**chosen, "path": dataset.path}
-    return {"images": dataset.fingerprint(), "prompts": dict(dataset.prompts)}

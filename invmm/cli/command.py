@@ -18,6 +18,8 @@ from invmm.exits import HELP, Exit, worst
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from invmm.config.compose import Composed
+
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
@@ -28,9 +30,9 @@ class Command:
         config_name: the primary config in conf/.
         groups: config groups that it composes.
         help: what it does, with examples.
-        check: builds the recipes from a plain config and appends all faults; None if faulty.
-        dry_run: describes a checked config without running it.
-        execute: runs a checked config: (recipes, plain config, folder, identity) -> exit code.
+        check: builds the run from a plain config and appends all faults; None if faulty.
+        dry_run: describes a checked run without running it: (run, plain config) -> text.
+        execute: (checked run, folder) -> exit code.
         check_machine: appends a fault for each device that a plain config asks for and that this
             machine does not have.
     """
@@ -41,7 +43,7 @@ class Command:
     help: str
     check: Callable[[Mapping[str, Any], list[str]], Any]
     dry_run: Callable[[Any, Mapping[str, Any]], str]
-    execute: Callable[[Any, Mapping[str, Any], Path, Mapping[str, Any]], int]
+    execute: Callable[[Any, Path], int]
     check_machine: Callable[[Mapping[str, Any], list[str]], None] = lambda config, faults: None
 
     def main(self) -> None:
@@ -63,34 +65,39 @@ class Command:
         checked = self._checked_jobs(flags.overrides, multirun=flags.multirun)
         if checked is None:
             return Exit.FAULTY
-        if any(config["dry_run"] for config, _ in checked):
+        if any(config.plain["dry_run"] for config, _ in checked):
             shown = [
-                guarded(self.name, lambda r=recipes, c=config: _print(self.dry_run(r, c)))
-                for config, recipes in checked
+                guarded(self.name, lambda r=run, c=config: _print(self.dry_run(r, c.plain)))
+                for config, run in checked
             ]
             return worst(shown)
-        return self._run_hydra(flags.overrides, multirun=flags.multirun)
+        if flags.multirun:
+            return self._run_sweep(flags.overrides)
+        ((config, run),) = checked
+        return self._run(config, run)
 
     def _checked_jobs(
         self, overrides: list[str], *, multirun: bool
-    ) -> list[tuple[dict[str, Any], Any]] | None:
-        """(config, recipes) of every job; None, and all faults printed, if there are any."""
-        from invmm.config.compose import compose_job, is_launched, jobs, launcher_faults
+    ) -> list[tuple[Composed, Any]] | None:
+        """(config, run) of every job; None, and all faults printed, if there are any."""
+        from invmm.config.compose import composed_job, is_launched, jobs, launcher_faults
+        from invmm.config.recipes import forget_built
 
+        forget_built()
         by_fault: dict[str, list[str]] = {}
         general: list[str] = []
         unreadable: list[str] = []
         checked = []
         for job in jobs(overrides, multirun=multirun, faults=general, left_out=unreadable):
             faults, of_config, left_out = [], [], [*unreadable]
-            config = compose_job(self.config_name, job, faults, left_out)
-            recipes = self.check(config, of_config) if config else None
-            if config and not config["dry_run"]:
+            config = composed_job(self.config_name, job, faults, left_out)
+            run = self.check(config.plain, of_config) if config.plain else None
+            if config.plain and not config.plain["dry_run"]:
                 if multirun and is_launched(job):
                     of_config.extend(launcher_faults(job))
                 else:
-                    self.check_machine(config, of_config)
-            checked.append((config, recipes))
+                    self.check_machine(config.plain, of_config)
+            checked.append((config, run))
             for fault in [*faults, *_without_consequences(of_config, left_out)]:
                 by_fault.setdefault(fault, []).append(" ".join(job))
         if not general and not by_fault:
@@ -104,7 +111,17 @@ class Command:
             print(f"  {fault}{only}", file=sys.stderr)
         return None
 
-    def _run_hydra(self, overrides: list[str], *, multirun: bool) -> int:
+    def _run(self, config: Composed, run: Any) -> int:
+        from invmm.cli.job import run_composed
+
+        def work(folder: Path) -> int:
+            return guarded(self.name, lambda: self.execute(run, folder))
+
+        assert config.whole is not None
+        whole = config.whole
+        return guarded(self.name, lambda: run_composed(whole, work))
+
+    def _run_sweep(self, overrides: list[str]) -> int:
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         import hydra
 
@@ -128,21 +145,19 @@ class Command:
                 return failure.code
             return 0
 
-        sys.argv = [self.name, *(["--multirun"] if multirun else []), *permissive(overrides)]
+        sys.argv = [self.name, "--multirun", *permissive(overrides)]
         decorated = hydra.main("pkg://invmm.conf", self.config_name, version_base="1.3")(task)
         return worst([guarded(self.name, run), *job.codes])
 
     def work(self, config: Mapping[str, Any], folder: Path) -> int:
-        """Executes one job and returns its exit code."""
-        from invmm.config.compose import identity_of
-
+        """Executes one job of a sweep and returns its exit code."""
         faults: list[str] = []
         self.check_machine(config, faults)
-        recipes, identity = self.check(config, faults), identity_of(config)
+        run = self.check(config, faults)
         if faults:  # a launcher may have taken the job to a machine with other devices or files
             print(f"{self.name}: {'; '.join(faults)}", file=sys.stderr)
             return Exit.FAULTY
-        return guarded(self.name, lambda: self.execute(recipes, config, folder, identity))
+        return guarded(self.name, lambda: self.execute(run, folder))
 
     def _help(self) -> str:
         lines = [self.help.strip(), "", "Config groups (GROUP=OPTION):"]

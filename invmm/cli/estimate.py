@@ -8,9 +8,7 @@ from typing import Any
 
 import yaml
 
-from invmm.config.compose import digest_of
 from invmm.config.lists import shortened
-from invmm.config.recipes import MeasureConfig
 from invmm.data.parquet_files import NotReachedError
 from invmm.engine.outcomes import CostRange, Evaluations
 from invmm.models.adapter import ModelInfo, ModelRecipe
@@ -18,7 +16,7 @@ from invmm.models.cost import CallCost
 from invmm.models.known import is_from_table
 from invmm.models.loading import fetched
 from invmm.probability.bank import BankMeasurement
-from invmm.runtime.plan import Shard
+from invmm.runtime.run import MeasureRun
 
 _LIBRARIES_BYTES = 2**30
 """CUDA's own, and what cuDNN works in."""
@@ -138,24 +136,24 @@ class Memory:
         return [parts, f"memory of a GPU: about {_size(self.device)}, a tenth and 1 GiB in reserve"]
 
 
-def describe(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
+def describe(run: MeasureRun, config: Mapping[str, Any]) -> str:
     """Config, images, evaluations, time and memory of a run. Loads no weights."""
-    info = recipes.model.describe()
-    images, remarks = _images(recipes, info.image_size)
-    rows = 1 if recipes.engine.rows_denoise == "auto" else recipes.engine.rows_denoise
-    call = recipes.model.call_cost(rows, recipes.execution)
-    cost, shared = _cost(recipes)
+    info = run.model.describe()
+    images, remarks = _images(run, info.image_size)
+    rows = 1 if run.engine.rows_denoise == "auto" else run.engine.rows_denoise
+    call = run.model.call_cost(rows, run.execution)
+    cost, shared = _cost(run)
     plan = Plan(
         images=images,
-        devices=recipes.trainer.devices,
-        shards=Shard.parse(recipes.shard).count if recipes.shard else 1,
+        devices=run.trainer.devices,
+        shards=run.part.count if run.part else 1,
         cost=cost,
         shared=shared,
         row=replace(call, activation_bytes=call.activation_bytes // rows, flop=call.flop // rows),
-        tflops=recipes.trainer.tflops,
-        recomputed=recipes.execution.gradient_checkpointing,
+        tflops=run.trainer.tflops,
+        recomputed=run.execution.gradient_checkpointing,
     )
-    decoded = 1 if recipes.engine.rows_embed == "auto" else recipes.engine.rows_embed
+    decoded = 1 if run.engine.rows_embed == "auto" else run.engine.rows_embed
     memory = Memory(
         weights=call.weight_bytes,
         activations=call.activation_bytes,
@@ -168,8 +166,8 @@ def describe(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
             yaml.safe_dump(shortened(config), sort_keys=False, allow_unicode=True).strip(),
             "",
             *remarks,
-            *_architecture(recipes.model),
-            f"config digest: {digest_of(config)}",
+            *_architecture(run.model),
+            f"config digest: {run.digest}",
             f"images: {plan.images:,} of {info.image_size}x{info.image_size} pixels",
             *_latents(info),
             *plan.lines(),
@@ -186,15 +184,15 @@ def _latents(info: ModelInfo) -> list[str]:
     return [f"latents: {shape}, the autoencoder's output times {info.latent_scale:g}"]
 
 
-def _cost(recipes: MeasureConfig) -> tuple[CostRange, Evaluations]:
+def _cost(run: MeasureRun) -> tuple[CostRange, Evaluations]:
     """Of an image, and of what all images share."""
-    measurement, sampler = recipes.measurement, recipes.sampler
-    if isinstance(measurement, BankMeasurement) and recipes.prompt.is_shared:
+    measurement, sampler = run.measurement, run.sampler
+    if isinstance(measurement, BankMeasurement) and run.prompt.is_shared:
         return measurement.cost_from_bank(sampler), measurement.bank(0, (), sampler).cost
-    return recipes.repeated.cost(sampler, recipes.replication), Evaluations()
+    return run.repeated.cost(sampler, run.replication), Evaluations()
 
 
-def _images(recipes: MeasureConfig, size: int) -> tuple[int, list[str]]:
+def _images(run: MeasureRun, size: int) -> tuple[int, list[str]]:
     """How many images a run measures, and remarks on them.
 
     Raises:
@@ -202,12 +200,12 @@ def _images(recipes: MeasureConfig, size: int) -> tuple[int, list[str]]:
             nobody said how large it is.
     """
     try:
-        opened = recipes.dataset.open(size)
+        opened = run.dataset.open(size)
     except NotReachedError as error:
         if error.num_images is None:
             raise
         return error.num_images, [f"data set: not here, its size is taken as stated; {error}"]
-    recipes.prompt.check(opened.entries)  # people gate on a dry run: it ends as the run would
+    run.prompt.check(opened.entries)  # people gate on a dry run: it ends as the run would
     return len(opened.entries), [f"data set: {problem}" for problem in opened.problems]
 
 

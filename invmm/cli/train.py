@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from invmm.cli.command import Command
 
 if TYPE_CHECKING:
-    from invmm.config.recipes import TrainConfig
+    from invmm.training.run import TrainRun
 
 HELP = """
 invmm-train trains a small diffusion model on images of which some are planted many times, and
@@ -24,7 +24,7 @@ Examples:
 """
 
 
-def _check(config: Mapping[str, Any], faults: list[str]) -> TrainConfig | None:
+def _check(config: Mapping[str, Any], faults: list[str]) -> TrainRun | None:
     from invmm.config.recipes import check_train
 
     return check_train(config, faults)
@@ -36,43 +36,29 @@ def _check_machine(config: Mapping[str, Any], faults: list[str]) -> None:
     check_machine(config, faults)
 
 
-def _dry_run(recipes: TrainConfig, config: Mapping[str, Any]) -> str:
+def _dry_run(run: TrainRun, config: Mapping[str, Any]) -> str:
     import yaml
 
-    images = recipes.dataset.open(recipes.model.image_size).training_entries()
+    images = run.dataset.open(run.model.image_size).training_entries()
     if not images:
         raise ValueError("the data set has no image to train on")
-    recipes.model.check_captions([entry.caption for entry in images])
+    run.model.check_captions([entry.caption for entry in images])
     shown = sum(entry.copies or 0 for entry in images)
     return "\n".join(
         (
             yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True),
             f"training images: {len(images)}, {shown} with copies",
-            f"steps: {recipes.training.num_steps} of batch {recipes.training.batch_size}",
+            f"steps: {run.training.num_steps} of batch {run.training.batch_size}",
         )
     )
 
 
-def _execute(
-    recipes: TrainConfig, config: Mapping[str, Any], folder: Path, identity: Mapping[str, Any]
-) -> int:
-    from invmm.config.compose import digest_of
+def _execute(run: TrainRun, folder: Path) -> int:
     from invmm.runtime.launch import refuse_copies
-    from invmm.training.train import TrainRun, train
+    from invmm.training.train import train
 
     refuse_copies(can_shard=False)
-    return train(
-        TrainRun(
-            model=recipes.model,
-            dataset=recipes.dataset,
-            training=recipes.training,
-            trainer=recipes.trainer,
-            seed=recipes.seed,
-            run_dir=folder,
-            config=identity,
-            digest=digest_of(identity),
-        )
-    )
+    return train(run, folder)
 
 
 COMMAND = Command(

@@ -127,6 +127,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     )
     return verify(
         Verification(
+            run_dir=arguments.run,
             run=run,
             manifest=manifest,
             records=records,

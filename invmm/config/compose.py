@@ -6,7 +6,8 @@ import difflib
 import itertools
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -20,20 +21,21 @@ from omegaconf.errors import OmegaConfBaseException
 from invmm.config.lists import contents, with_lists
 from invmm.config.overrides import OverrideReader, first_line, key_of
 from invmm.config.precedence import options_win
-from invmm.files import json_digest
 
 CONF = "invmm.conf"
-MACHINE_KEYS = (
-    "hydra",
-    "out",
-    "run_dir",
-    "shard",
-    "logger",
-    "trainer",
-    "dry_run",
-    "retry_failed",
-)
-"""Top-level keys that change where and how a run happens, never its results."""
+
+
+@dataclass(frozen=True)
+class Composed:
+    """The config of a job.
+
+    Attributes:
+        plain: resolved, as plain containers without Hydra's own node; {} if it does not compose.
+        whole: as Hydra composed it, its own node included; None if it does not compose.
+    """
+
+    plain: dict[str, Any]
+    whole: DictConfig | None
 
 
 def groups() -> dict[str, list[str]]:
@@ -89,13 +91,18 @@ def jobs(
     return [list(job) for job in itertools.product(*split)]
 
 
-def compose_job(
+def compose_job(config_name: str, overrides: Sequence[str], faults: list[str]) -> dict[str, Any]:
+    """The plain config of a job, see `composed_job`."""
+    return composed_job(config_name, overrides, faults).plain
+
+
+def composed_job(
     config_name: str,
     overrides: Sequence[str],
     faults: list[str],
     left_out: list[str] | None = None,
-) -> dict[str, Any]:
-    """The resolved config of a job as plain containers; {} if it does not compose.
+) -> Composed:
+    """Composes the config of a job.
 
     Unknown keys are accepted here; the check of the config against the classes reports them all.
 
@@ -113,16 +120,16 @@ def compose_job(
         left_out += map(key_of, faulty)
     accepted = permissive([override for override in overrides if override not in faulty])
     try:
-        with initialize_config_module(CONF, version_base="1.3"):
-            config = _options_win(compose(config_name, accepted), config_name, accepted)
-        return plain(config, faults)
+        with initialize_config_module(CONF, version_base="1.3", job_name=config_name):
+            config = compose(config_name, accepted, return_hydra_config=True)
+            return Composed(plain(_options_win(config, config_name, accepted), faults), config)
     except OmegaConfBaseException as error:
         cure = f"; give {error.full_key}=VALUE" if error.full_key else ""
         key = error.full_key or "the config"
         faults.append(f"{key} does not resolve: {first_line(error)}{cure}")
     except HydraException as error:
         faults.append(_with_package(first_line(error)))
-    return {}
+    return Composed({}, None)
 
 
 def permissive(overrides: Sequence[str]) -> list[str]:
@@ -174,28 +181,16 @@ def launcher_faults(overrides: Sequence[str]) -> list[str]:
     return []
 
 
-def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a config that decide what a run computes."""
-    identity = {key: value for key, value in config.items() if key not in MACHINE_KEYS}
-    if "measurement" in identity:
-        identity.pop("inversion", None)
-    if identity.get("repeats") == 1:  # as before there was such a key
-        del identity["repeats"]
-    if "engine" in identity:
-        identity["engine"] = {k: v for k, v in identity["engine"].items() if k != "slots"}
-    return identity
+def register_resolvers(digest_of: Callable[[str, Mapping[str, Any]], str]) -> None:
+    """Registers ${digest:}, ${run_folder:} and ${sweep_folder:} with Hydra.
 
-
-def digest_of(config: Mapping[str, Any]) -> str:
-    """12 hex digits over the identity of a config."""
-    return json_digest(identity_of(config))
-
-
-def register_resolvers() -> None:
-    """Registers ${digest:}, ${run_folder:} and ${sweep_folder:} with Hydra."""
+    Args:
+        digest_of: (name of the primary config, plain config) -> digest of the run.
+    """
 
     def digest(*, _root_: DictConfig) -> str:
-        return digest_of(job_config(_root_, _root_.hydra))
+        hydra = _root_.hydra
+        return digest_of(hydra.job.config_name, job_config(_root_, hydra))
 
     def run_folder(*, _root_: DictConfig) -> str:
         return _root_.run_dir or f"{_root_.out}/{digest(_root_=_root_)}"

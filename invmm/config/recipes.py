@@ -1,83 +1,29 @@
-"""The shape of the primary configs, and what must hold between their parts."""
+"""Building the runs of all commands from configs, and what must hold between their parts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 from typing import Annotated, Any, Protocol, runtime_checkable
 
-from annotated_types import Ge, Gt, Lt, MinLen
+from annotated_types import Ge, Gt, Lt
 
-from invmm.config.schema import build
+from invmm.config.schema import Faulty, build
 from invmm.data.dataset import DatasetRecipe
 from invmm.data.prompt import Prompt
 from invmm.diffusion.guidance import is_guided
 from invmm.diffusion.sampling import Sampler
-from invmm.diffusion.schedule import NoiseSchedule
-from invmm.engine.protocols import Measurement
-from invmm.engine.repeated import Repeated
+from invmm.engine.protocols import Measurement, Use
 from invmm.engine.settings import EngineSettings
 from invmm.files import json_digest
-from invmm.inversion.inversion import Inversion
-from invmm.inversion.replay import Replay
-from invmm.inversion.trajectory import Trajectory
+from invmm.identity import Run, digest_of
 from invmm.models.adapter import ModelInfo, ModelRecipe
-from invmm.models.execution import Execution
-from invmm.probability.bank import BankMeasurement, only_guidance_scale
 from invmm.replication.replication import Replication
-from invmm.results.ownership import differences
-from invmm.runtime.loggers import RunLog
-from invmm.runtime.plan import MeasureRun, Shard
+from invmm.runtime.run import MeasureRun, Shard
 from invmm.runtime.trainer import TrainerSettings
-from invmm.training.architectures import TrainableModel
-from invmm.training.settings import TrainingSettings
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasureConfig:
-    """Everything `invmm` can be told."""
-
-    measurement: Measurement
-    inversion: Measurement
-    model: ModelRecipe
-    dataset: DatasetRecipe
-    prompt: Prompt
-    sampler: Sampler
-    replication: Replication
-    execution: Execution
-    engine: EngineSettings
-    trainer: TrainerSettings
-    logger: RunLog
-    seed: Annotated[int, Ge(0)]
-    repeats: Annotated[int, Ge(1)] = 1
-    out: Annotated[str, MinLen(1)]
-    run_dir: Annotated[str, MinLen(1)] | None
-    shard: str | None
-    retry_failed: bool
-    dry_run: bool
-
-    @property
-    def repeated(self) -> Measurement:
-        """What is done to each image."""
-        if self.repeats == 1:
-            return self.measurement
-        return Repeated(measurement=self.measurement, repeats=self.repeats)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything `invmm-train` can be told."""
-
-    model: TrainableModel
-    dataset: DatasetRecipe
-    training: TrainingSettings
-    trainer: TrainerSettings
-    seed: Annotated[int, Ge(0)]
-    out: Annotated[str, MinLen(1)]
-    run_dir: Annotated[str, MinLen(1)] | None
-    dry_run: bool
+from invmm.training.run import TrainRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,80 +37,93 @@ class ThresholdConfig:
     dry_run: bool
 
 
-def check_measure(config: Mapping[str, Any], faults: list[str]) -> MeasureConfig | None:
-    """Builds the recipes of `invmm` and lists every fault within and between them."""
-    measurement = config.get("measurement")
+_RUNS: dict[str, type[Run]] = {"measure": MeasureRun, "train": TrainRun}
+"""Name of a primary config -> the run that it describes."""
+_built: dict[str, tuple[Run | None, list[str]]] = {}
+
+
+def forget_built() -> None:
+    """A command builds its runs anew."""
+    _built.clear()
+
+
+def built(config_name: str, config: Mapping[str, Any], faults: list[str]) -> Any:
+    """The run that a config describes, built once in a process; None if a part has faults.
+
+    Args:
+        config_name: "measure" or "train".
+        config: plain containers, or objects in their place.
+        faults: gets a line for each fault within the parts.
+    """
+    try:
+        key = json_digest({"": config_name, **config})
+    except TypeError:  # objects of whoever calls from Python
+        return _build(config_name, config, faults)
+    if key not in _built:
+        found: list[str] = []
+        _built[key] = _build(config_name, config, found), found
+    run, found = _built[key]
+    faults += found
+    return run
+
+
+def _build(config_name: str, config: Mapping[str, Any], faults: list[str]) -> Run | None:
+    given = _with_inversion(config, faults) if config_name == "measure" else config
+    run = build(_RUNS[config_name], given, "", faults)
+    return None if faults else run
+
+
+def run_digest(config_name: str, config: Mapping[str, Any]) -> str:
+    """The digest of the run that a config describes; of the config itself if that has faults."""
+    run = built(config_name, config, [])
+    return digest_of(config) if run is None else run.digest
+
+
+def check_measure(config: Mapping[str, Any], faults: list[str]) -> MeasureRun | None:
+    """Builds a run of `invmm` and lists every fault within and between its parts."""
+    run: MeasureRun | None = built("measure", config, faults)
+    # A faulty key is left at its default below, and what is wrong with that is nobody's fault.
+    faulty, listed = {fault.partition("=")[0] for fault in faults}, len(faults)
+    _check_between(_Parts(run, config if run else _with_inversion(config, [])), faults)
+    faults[listed:] = [f for f in faults[listed:] if f.partition("=")[0] not in faulty]
+    return None if faults else run
+
+
+def _with_inversion(config: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    """A config without the group `inversion`, which `measurement=inversion` only refers to.
+
+    The group is built under its own key, by which a person sets it, and stands as the measurement.
+    """
+    given = dict(config)
+    inversion, measurement = given.pop("inversion", None), given.get("measurement")
+    refers = measurement == inversion
     if isinstance(measurement, Mapping) and "_target_" not in measurement:
         # Keys given to what is only a reference take its place.
         faults += [
             f"measurement.{name} is read only; give inversion.{name}" for name in measurement
         ]
-        config = {**config, "measurement": config["inversion"]}
-    if "measurement" in config and config["measurement"] == config.get("inversion"):
-        # One and the same node: name its faults once, by the key that a person types.
-        inner: list[str] = []
-        recipes = build(MeasureConfig, config, "", inner)
-        faults += [fault for fault in inner if not fault.startswith("measurement.")]
-    else:
-        recipes = build(MeasureConfig, config, "", faults)
-    # A faulty key is left at its default below, and what is wrong with that is nobody's fault.
-    faulty, listed = {fault.partition("=")[0] for fault in faults}, len(faults)
-    _check_between(config, faults)
-    faults[listed:] = [f for f in faults[listed:] if f.partition("=")[0] not in faulty]
-    return None if faults else recipes
+        refers = True
+    if inversion is not None:
+        built = build(Measurement, inversion, "inversion", faults)
+        if refers:
+            given["measurement"] = built or Faulty(inversion)
+    return given
 
 
-def plan_of(
-    recipes: MeasureConfig,
-    *,
-    folder: Path | None,
-    config: Mapping[str, Any],
-    identity: Mapping[str, Any],
-) -> MeasureRun:
-    """The run that checked recipes describe.
-
-    Args:
-        recipes: from `check_measure`.
-        folder: of the run; None gives it one of its own.
-        config: resolved, for the manifest.
-        identity: what the run folder belongs to.
-    """
-    digest = json_digest(identity)
-    return MeasureRun(
-        measurement=recipes.repeated,
-        model=recipes.model,
-        dataset=recipes.dataset,
-        prompt=recipes.prompt,
-        sampler=recipes.sampler,
-        replication=recipes.replication,
-        execution=recipes.execution,
-        engine=recipes.engine,
-        trainer=recipes.trainer,
-        logger=recipes.logger,
-        seed=recipes.seed,
-        shard=Shard.parse(recipes.shard) if recipes.shard else None,
-        run_dir=folder or Path(recipes.out) / digest,
-        retry_failed=recipes.retry_failed,
-        config=config,
-        identity=identity,
-        digest=digest,
-    )
-
-
-def check_train(config: Mapping[str, Any], faults: list[str]) -> TrainConfig | None:
-    """Builds the recipes of `invmm-train` and lists every fault within and between them."""
-    recipes = build(TrainConfig, config, "", faults)
+def check_train(config: Mapping[str, Any], faults: list[str]) -> TrainRun | None:
+    """Builds a run of `invmm-train` and lists every fault within and between its parts."""
+    run: TrainRun | None = built("train", config, faults)
     model, dataset = config.get("model") or {}, config.get("dataset") or {}
     _check_size(dataset.get("size"), model.get("image_size"), faults)
-    if not faults and recipes is not None:
-        _collect(lambda: recipes.training.check_devices(recipes.trainer.devices), faults)
-    return None if faults else recipes
+    if not faults and run is not None:
+        _collect(lambda: run.training.check_devices(run.trainer.devices), faults)
+    return None if faults else run
 
 
 def check_threshold(config: Mapping[str, Any], faults: list[str]) -> ThresholdConfig | None:
-    """Builds the recipes of `invmm-threshold` and lists every fault."""
-    recipes = build(ThresholdConfig, config, "", faults)
-    return None if faults else recipes
+    """Builds the settings of `invmm-threshold` and lists every fault."""
+    settings = build(ThresholdConfig, config, "", faults)
+    return None if faults else settings
 
 
 def check_machine(config: Mapping[str, Any], faults: list[str]) -> None:
@@ -177,40 +136,41 @@ def check_machine(config: Mapping[str, Any], faults: list[str]) -> None:
         _collect(trainer.check_machine, faults)
 
 
-def _check_between(config: Mapping[str, Any], faults: list[str]) -> None:
-    """Faults between the nodes, as far as the nodes can be read."""
-    sampler: Sampler | None = _readable(Sampler, config.get("sampler"))
-    model: ModelRecipe | None = _readable(ModelRecipe, config.get("model"))
-    _check_shard(config, faults)
+class _Parts:
+    """The parts of a run; of one with faults, those that can be read nevertheless.
+
+    Args:
+        run: the built run, None if it has faults.
+        config: that it was built from.
+    """
+
+    def __init__(self, run: MeasureRun | None, config: Mapping[str, Any]) -> None:
+        self._run, self.config = run, config
+
+    def __call__(self, name: str, expected: Any) -> Any:
+        """A part by its key, None if it cannot be read."""
+        if self._run is not None:
+            return getattr(self._run, name)
+        return _readable(expected, self.config.get(name))
+
+
+def _check_between(part: _Parts, faults: list[str]) -> None:
+    """Faults between the parts of a run, as far as they can be read."""
+    config = part.config
+    sampler: Sampler | None = part("sampler", Sampler)
+    model: ModelRecipe | None = part("model", ModelRecipe)
+    _check_shard(part, faults)
     info: ModelInfo | None = _collect(model.describe, faults) if model else None
     if info is None or model is None:
         return
     dataset = config.get("dataset")
     size = dataset.get("size") if isinstance(dataset, Mapping) else None
     _check_size(size, info.image_size, faults)
-    prompt: Prompt | None = _readable(Prompt, config.get("prompt"))
+    prompt: Prompt | None = part("prompt", Prompt)
     if prompt is not None and prompt.kind not in info.prompts:
         cure = " or ".join(f"prompt={option}" for option in info.prompts)
         faults.append(f"prompt={prompt.kind} has no meaning for a {info.family} model; use {cure}")
-    measurement: Measurement | None = _readable(Measurement, config.get("measurement"))
-    is_learned = prompt is not None and prompt.kind == "learned"
-    if is_learned and measurement is not None and not isinstance(measurement, Inversion):
-        faults.append(
-            f"prompt=learned cannot be searched by a {type(measurement).__name__}; use "
-            "measurement=inversion with inversion=paper_sd, or prompt=caption"
-        )
-    if isinstance(measurement, BankMeasurement) and config.get("repeats", 1) != 1:
-        faults.append(
-            f"repeats={config['repeats']} has no meaning for a {type(measurement).__name__}, whose "
-            "interval holds the chance of its draws; give repeats=1, and other seeds for more draws"
-        )
-    replication: Replication | None = _readable(Replication, config.get("replication"))
-    if isinstance(measurement, Trajectory) and replication is not None:
-        _collect(lambda: measurement.check_criterion(replication), faults)
-    if isinstance(measurement, Replay):
-        _collect(measurement.manifest, faults)
-        if sampler is not None:
-            _collect(lambda: only_guidance_scale(sampler), faults)
+    measurement: Measurement | None = part("measurement", Measurement)
     if sampler is not None:
         _collect(lambda: sampler.check_steps(info.num_train_timesteps), faults)
         scales = list(sampler.guidance_scales)
@@ -220,12 +180,24 @@ def _check_between(config: Mapping[str, Any], faults: list[str]) -> None:
                 "sampler.guidance_scales=[1]"
             )
         _collect(lambda: sampler.check_kind(info.prediction_type), faults)
-        if not faults:  # building the schedule takes a second that a faulty config need not wait
-            _collect(lambda: _check_schedule(model.schedule(), sampler, measurement), faults)
-    if isinstance(model, _CanBeTriedOut) and not faults and not config.get("dry_run"):
+    replication: Replication | None = part("replication", Replication)
+    schedule = lru_cache(model.schedule)
+    if sampler is not None and not faults:
+        _collect(lambda: sampler.check_schedule(schedule()), faults)
+    is_plan = bool(config.get("dry_run"))
+    if sampler is not None and measurement is not None and replication is not None:
+        use = Use(
+            model=model,
+            schedule=schedule,
+            sampler=sampler,
+            criterion=replication,
+            searches_prompt=prompt is not None and prompt.kind == "learned",
+            repeats=config.get("repeats", 1),
+            is_plan=is_plan or bool(faults),
+        )
+        _collect(lambda: measurement.check(use), faults)
+    if isinstance(model, _CanBeTriedOut) and not faults and not is_plan:
         _collect(model.try_out, faults)  # in a dry run the estimate of the cost does the same
-    if isinstance(measurement, Replay) and not faults and not config.get("dry_run"):
-        _collect(lambda: _check_source(measurement, model), faults)
 
 
 def _unguided(info: ModelInfo) -> str | None:
@@ -244,42 +216,12 @@ class _CanBeTriedOut(Protocol):
     def try_out(self) -> None: ...
 
 
-@runtime_checkable
-class _NeedsLevels(Protocol):
-    """A measurement that asks for noise levels which a model may not have."""
-
-    def check_schedule(self, schedule: NoiseSchedule) -> None: ...
-
-
-def _check_schedule(
-    schedule: NoiseSchedule, sampler: Sampler, measurement: Measurement | None
-) -> None:
-    sampler.check_schedule(schedule)
-    if isinstance(measurement, Trajectory):
-        measurement.short_of(sampler, schedule)
-    if isinstance(measurement, _NeedsLevels):
-        measurement.check_schedule(schedule)
-
-
-def _check_source(measurement: Replay, model: ModelRecipe) -> None:
-    """Reads the weights, which a dry run does not."""
-    searched = measurement.manifest()["inputs"]
-    changed = differences(searched["model"], model.fingerprint(), "model")
-    if "model_settings" in searched:
-        changed += differences(searched["model_settings"], model.settings(), "model")
-    if changed:
-        raise ValueError(
-            f"measurement.source={measurement.source} searched another model "
-            f"({'; '.join(changed)}); give the model.path of that run, or a run of this model"
-        )
-
-
-def _check_shard(config: Mapping[str, Any], faults: list[str]) -> None:
-    shard = config.get("shard")
+def _check_shard(part: _Parts, faults: list[str]) -> None:
+    shard = part.config.get("shard")
     if not isinstance(shard, str):
         return
     _collect(lambda: Shard.parse(shard), faults)
-    engine: EngineSettings | None = _readable(EngineSettings, config.get("engine"))
+    engine: EngineSettings | None = part("engine", EngineSettings)
     if engine is not None and engine.open:
         faults.append(
             f"engine.{engine.open[0]}=auto may be measured differently on each machine, and "
@@ -298,6 +240,7 @@ def _readable(expected: Any, node: Any) -> Any:
     """The object of a node, faulty keys left at their defaults (they are listed elsewhere)."""
     if isinstance(node, expected):
         return node
+    node = node.node if isinstance(node, Faulty) else node
     if not isinstance(node, Mapping):
         return None
     faults: list[str] = []

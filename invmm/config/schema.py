@@ -39,6 +39,13 @@ class NotBuilt(Exception):
     """A node has faults and could not be built."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Faulty:
+    """Stands for a node whose faults are listed already."""
+
+    node: Any
+
+
 def build(expected: type, config: Any, key: str, faults: list[str]) -> Any:
     """Builds the object that a node describes.
 
@@ -108,6 +115,8 @@ def _build(expected: type, config: Any, key: str, faults: list[str]) -> Any:
 def _value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
     if isinstance(value, str) and value == _MISSING:
         faults.append(f"{path} is missing; give {path}=VALUE")
+        raise NotBuilt
+    if isinstance(value, Faulty):
         raise NotBuilt
     node = _node_type(hint)
     if node is not None:

@@ -76,6 +76,10 @@ class MemoryImages:
             for key, i in self.images.items()
         }
 
+    def described(self) -> dict[str, Any]:
+        """What identifies them in the config of a run."""
+        return {"images": self.fingerprint(), "prompts": dict(self.prompts)}
+
     def open(self, size: int) -> OpenMemoryImages:
         """See `DatasetRecipe`."""
         entries = []

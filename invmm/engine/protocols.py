@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -124,9 +124,52 @@ class Setting:
     criterion: ReplicationCriterion
 
 
+class Fingerprinted(Protocol):
+    """A model whose files can be told from others."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """Name -> SHA-256 of every weight file."""
+        ...
+
+    def settings(self) -> dict[str, str]:
+        """Name -> SHA-256 of all else that decides what the model computes."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """What a measurement is to be used with, told before weights are loaded.
+
+    Attributes:
+        model: under measurement.
+        schedule: gives the model's noise schedule; building it takes a second.
+        sampler: how the model draws.
+        criterion: what counts as a replica.
+        searches_prompt: whether the prompt is searched too, see `prompt=learned`.
+        repeats: measurements of each image.
+        is_plan: whether nothing will be run, so that no weight file need be read.
+    """
+
+    model: Fingerprinted
+    schedule: Callable[[], NoiseSchedule]
+    sampler: Sampler
+    criterion: ReplicationCriterion
+    searches_prompt: bool = False
+    repeats: int = 1
+    is_plan: bool = False
+
+
 @runtime_checkable
 class Measurement(Protocol):
     """A question about an image, written as a coroutine over the engine's requests."""
+
+    def check(self, use: Use) -> None:
+        """Refuses what it cannot be used with.
+
+        Raises:
+            ValueError: naming the key, the value and the cure.
+        """
+        ...
 
     def __call__(
         self, target: Target, setting: Setting, rng: torch.Generator
@@ -152,3 +195,16 @@ class Searching(Measurement, Protocol):
             steps: after which the search ended.
         """
         ...
+
+
+def refuse_searched_prompt(measurement: Measurement, use: Use) -> None:
+    """For measurements that take the prompt as it is given.
+
+    Raises:
+        ValueError: the prompt is to be searched.
+    """
+    if use.searches_prompt:
+        raise ValueError(
+            f"prompt=learned cannot be searched by a {type(measurement).__name__}; use "
+            "measurement=inversion with inversion=paper_sd, or prompt=caption"
+        )

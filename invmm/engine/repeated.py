@@ -11,7 +11,7 @@ import torch
 from invmm.diffusion.sampling import Sampler
 from invmm.engine.criterion import Passing, ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Outcome, Status
-from invmm.engine.protocols import Measurement, Searching, Setting, Target
+from invmm.engine.protocols import Measurement, Searching, Setting, Target, Use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,10 @@ class Repeated:
 
     measurement: Measurement
     repeats: int
+
+    def check(self, use: Use) -> None:
+        """See `Measurement`."""
+        self.measurement.check(use)
 
     async def __call__(self, target: Target, setting: Setting, rng: torch.Generator) -> Outcome:
         """One repeat after the other, each with randomness of its own; see `Measurement`."""

@@ -16,7 +16,7 @@ from invmm.diffusion.sampling import Sampler
 from invmm.engine.check import check_replication, starting_with
 from invmm.engine.criterion import Passing, ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Evaluations, NonFiniteError, Outcome
-from invmm.engine.protocols import Setting, Target
+from invmm.engine.protocols import Setting, Target, Use
 from invmm.engine.requests import Minimise
 from invmm.inversion.confirmation import CONFIDENCE, Confirmation, confirm
 from invmm.inversion.controllers import KLWeightController
@@ -56,6 +56,9 @@ class Inversion:
                 f"inversion.num_steps={self.num_steps} never reaches a replication check; use at "
                 f"least inversion.check_every={self.check_every}"
             )
+
+    def check(self, use: Use) -> None:
+        """See `Measurement`: it can be used with all that a model can."""
 
     async def __call__(self, target: Target, setting: Setting, rng: torch.Generator) -> Outcome:
         """Runs the search; see `Measurement`."""

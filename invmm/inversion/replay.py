@@ -17,13 +17,15 @@ from annotated_types import Ge, MinLen
 from invmm.diffusion.sampling import Sampler
 from invmm.engine.criterion import ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Outcome, Status
-from invmm.engine.protocols import Setting, Target
+from invmm.engine.protocols import Setting, Target, Use, refuse_searched_prompt
 from invmm.files import record_key
 from invmm.inversion.confirmation import Confirmation, confirm
 from invmm.inversion.saved import check_picture, saved_noise, saved_tensors
 from invmm.probability.bank import only_guidance_scale, sampling_cost
+from invmm.results.ownership import differences
 from invmm.results.record_files import load_record, read_manifest
 
+_SEARCHES = ("invmm.inversion.inversion.Inversion", "invmm.inversion.trajectory.Trajectory")
 _MEASURED = (Status.REPLICATED, Status.NOT_REPLICATED, Status.DIVERGED)
 
 
@@ -56,14 +58,30 @@ class Replay:
         """
         try:
             manifest = read_manifest(Path(self.source))
-            config = manifest["config"]
-            if config.get("measurement", {}) != config.get("inversion"):
+            measurement = dict(manifest["config"]["measurement"])
+            if measurement.get("_target_") not in _SEARCHES:
                 raise ValueError("it holds no distributions; give a run with measurement=inversion")
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"measurement.source={self.source} cannot be replayed: {error}"
             ) from error
         return manifest
+
+    def check(self, use: Use) -> None:
+        """See `Measurement`: the source searched this model, and one guidance scale is meant."""
+        refuse_searched_prompt(self, use)
+        only_guidance_scale(use.sampler)
+        searched = self.manifest()["inputs"]
+        if use.is_plan:
+            return
+        changed = differences(searched["model"], use.model.fingerprint(), "model")
+        if "model_settings" in searched:
+            changed += differences(searched["model_settings"], use.model.settings(), "model")
+        if changed:
+            raise ValueError(
+                f"measurement.source={self.source} searched another model "
+                f"({'; '.join(changed)}); give the model.path of that run, or a run of this model"
+            )
 
     async def __call__(self, target: Target, setting: Setting, rng: torch.Generator) -> Outcome:
         """Draws and counts; see `Measurement`.

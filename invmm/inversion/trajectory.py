@@ -25,7 +25,7 @@ from invmm.diffusion.schedule import NoiseSchedule
 from invmm.engine.check import Check, check_replication, deciding_failures, starting_with
 from invmm.engine.criterion import Passing, ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Evaluations, NonFiniteError, Outcome
-from invmm.engine.protocols import Setting, Target
+from invmm.engine.protocols import Setting, Target, Use, refuse_searched_prompt
 from invmm.engine.requests import Minimise, Sample
 from invmm.inversion.confirmation import Basis, Confirmation, confirm, in_pixels
 from invmm.inversion.frequency import low_frequencies
@@ -171,6 +171,12 @@ class Trajectory:
                 trace.read()  # a sample may have ended it before the losses were looked at
             return trace.diverged(error)
         return self._outcome(trace, looks)
+
+    def check(self, use: Use) -> None:
+        """See `Measurement`: fresh samples must confirm, and its few steps suit the model."""
+        refuse_searched_prompt(self, use)
+        self.check_criterion(use.criterion)
+        self.short_of(use.sampler, use.schedule())
 
     def check_criterion(self, criterion: ReplicationCriterion) -> None:
         """Refuses a criterion without fresh samples.

@@ -174,6 +174,13 @@ class BorrowedModel:
             found[name] = digest.hexdigest()
         return found
 
+    def described(self) -> dict[str, Any]:
+        """What identifies it in the config of a run: its weights, and its scale of latents."""
+        scale = self.describe().latent_scale
+        return (
+            self.fingerprint() if scale is None else {**self.fingerprint(), "latent_scale": scale}
+        )
+
     def settings(self) -> dict[str, str]:
         """SHA-256 of the configs, and of the adapters in use with their strengths, as they are now.
 

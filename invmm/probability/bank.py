@@ -16,7 +16,7 @@ from torch import Tensor
 from invmm.diffusion.sampling import Sampler
 from invmm.engine.criterion import ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Evaluations, Outcome
-from invmm.engine.protocols import Measurement, Setting, Target
+from invmm.engine.protocols import Measurement, Setting, Target, Use, refuse_searched_prompt
 from invmm.engine.requests import Embed, Embedding, Sample
 from invmm.probability.population import Draws
 
@@ -217,3 +217,18 @@ def only_guidance_scale(sampler: Sampler) -> float:
             f"as sampler.guidance_scales=[{sampler.guidance_scales[0]:g}]"
         )
     return sampler.guidance_scales[0]
+
+
+def check_bank_use(measurement: Measurement, use: Use) -> None:
+    """What every measurement of free samples needs, see `Measurement`.
+
+    Raises:
+        ValueError: it is to be repeated, or several ways to use the model are asked for.
+    """
+    refuse_searched_prompt(measurement, use)
+    if use.repeats != 1:
+        raise ValueError(
+            f"repeats={use.repeats} has no meaning for a {type(measurement).__name__}, whose "
+            "interval holds the chance of its draws; give repeats=1, and other seeds for more draws"
+        )
+    only_guidance_scale(use.sampler)

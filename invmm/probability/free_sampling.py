@@ -13,8 +13,15 @@ from torch import Tensor
 from invmm.diffusion.sampling import Sampler
 from invmm.engine.criterion import ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Outcome, Status
-from invmm.engine.protocols import Setting, Target
-from invmm.probability.bank import NUM_SHOWN, Bank, Closest, DrawnBank, sampling_cost
+from invmm.engine.protocols import Setting, Target, Use
+from invmm.probability.bank import (
+    NUM_SHOWN,
+    Bank,
+    Closest,
+    DrawnBank,
+    check_bank_use,
+    sampling_cost,
+)
 from invmm.probability.certificate import clopper_pearson
 from invmm.probability.estimate import one_in
 
@@ -44,6 +51,10 @@ class FreeSampling:
             shape=shape,
             sampler=sampler,
         )
+
+    def check(self, use: Use) -> None:
+        """See `Measurement`."""
+        check_bank_use(self, use)
 
     async def __call__(self, target: Target, setting: Setting, rng: torch.Generator) -> Outcome:
         """Counts over a bank that is the image's own; see `Measurement`."""

@@ -22,8 +22,15 @@ from torch import Tensor
 from invmm.diffusion.sampling import Sampler
 from invmm.engine.criterion import ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Outcome, Status
-from invmm.engine.protocols import Setting, Target
-from invmm.probability.bank import NUM_SHOWN, Bank, Closest, DrawnBank, sampling_cost
+from invmm.engine.protocols import Setting, Target, Use
+from invmm.probability.bank import (
+    NUM_SHOWN,
+    Bank,
+    Closest,
+    DrawnBank,
+    check_bank_use,
+    sampling_cost,
+)
 from invmm.probability.estimate import Ladder, ProbabilityEstimate, combine, one_in
 from invmm.probability.free_sampling import counted
 from invmm.probability.population import Draws, Population
@@ -118,6 +125,10 @@ class Splitting:
     def bank(self, seed: int, shape: tuple[int, ...], sampler: Sampler) -> Bank:
         """See `BankMeasurement`."""
         return self._bank(self.bank_size, seed, shape, sampler)
+
+    def check(self, use: Use) -> None:
+        """See `Measurement`."""
+        check_bank_use(self, use)
 
     async def __call__(self, target: Target, setting: Setting, rng: torch.Generator) -> Outcome:
         """Splits a bank that is the image's own; see `Measurement`."""

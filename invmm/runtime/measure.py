@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -21,7 +22,6 @@ from invmm.results.records import read_records
 from invmm.results.run_folder import RunFolder
 from invmm.results.seal import seal
 from invmm.runtime.manifest import Inputs, write_manifest
-from invmm.runtime.plan import MeasureRun
 from invmm.runtime.processes import (
     WORKER_DEATHS,
     last_line,
@@ -29,13 +29,18 @@ from invmm.runtime.processes import (
 )
 from invmm.runtime.progress import progress_bar
 from invmm.runtime.recording import why_nothing_is_measured
+from invmm.runtime.run import MeasureRun
 from invmm.runtime.signals import Interrupted, interruptible, raise_on_signals
 from invmm.runtime.trainer import TrainerSettings
 from invmm.runtime.worker import Worker
 
 
-def measure(run: MeasureRun) -> int:
+def measure(run: MeasureRun, run_dir: Path) -> int:
     """Measures all images that have no record yet, then collects, draws and prints.
+
+    Args:
+        run: what to measure.
+        run_dir: where records go; it belongs to one config.
 
     Returns:
         The exit code: 0 all images have a record; 3 some are missing (a process died, the disk is
@@ -46,18 +51,17 @@ def measure(run: MeasureRun) -> int:
     """
     dataset = run.dataset.open(run.model.describe().image_size)
     run.prompt.check(dataset.entries)
-    shard = str(run.shard) if run.shard else None
-    with OwnedRunFolder(run.run_dir, config=run.identity, digest=run.digest, shard=shard) as folder:
+    with OwnedRunFolder(run_dir, config=run.identity, digest=run.digest, shard=run.shard) as folder:
         inputs = Inputs.of(run.model, run.replication, dataset)
         write_manifest(
             folder, inputs, config=run.config, seed=run.seed, problems=list(dataset.problems)
         )
-        entries = run.shard.of(dataset.entries) if run.shard else dataset.entries
+        entries = run.part.of(dataset.entries) if run.part else dataset.entries
         for damaged in (*folder.set_damaged_aside(entries), *set_blocks_aside(folder)):
             print(damaged, file=sys.stderr)
         pending = folder.pending(entries, retry_failed=run.retry_failed)
         _refuse_others(run, folder, dataset, entries)
-        _announce(run, dataset, len(entries), len(pending))
+        _announce(run, folder, dataset, len(entries), len(pending))
         exit_code = Exit.DONE
         if pending or _lacks_blocks(run, folder):
             exit_code = _measure_pending(run, folder, dataset, pending)
@@ -119,12 +123,14 @@ def _refuse_others(
             )
 
 
-def _announce(run: MeasureRun, dataset: ImageDataset, total: int, num_pending: int) -> None:
+def _announce(
+    run: MeasureRun, folder: RunFolder, dataset: ImageDataset, total: int, num_pending: int
+) -> None:
     for problem in dataset.problems:
         print(f"data set: {problem}", file=sys.stderr)
     part = f" (shard {run.shard} of {len(dataset.entries)})" if run.shard else ""
     done = f", {total - num_pending} of them measured before" if num_pending < total else ""
-    print(f"{total} images{part}{done}; records in {run.run_dir}", flush=True)
+    print(f"{total} images{part}{done}; records in {folder.path}", flush=True)
 
 
 def _measure_pending(

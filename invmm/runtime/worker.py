@@ -25,9 +25,9 @@ from invmm.results.locks import Lease
 from invmm.results.run_folder import RunFolder
 from invmm.runtime.bank import draw_bank
 from invmm.runtime.conditions import Conditions
-from invmm.runtime.plan import MeasureRun
 from invmm.runtime.processes import peak_memory_bytes
 from invmm.runtime.recording import write_record
+from invmm.runtime.run import MeasureRun
 
 
 def image_generator(seed: int, image_id: str) -> torch.Generator:

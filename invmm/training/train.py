@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
 
-from invmm.data.dataset import DatasetRecipe, ImageDataset
+from invmm.data.dataset import ImageDataset
 from invmm.data.manifest import TrainingManifest
 from invmm.exits import Exit
 from invmm.results.ownership import OwnedRunFolder
@@ -26,8 +25,7 @@ from invmm.runtime.processes import (
 )
 from invmm.runtime.progress import TrainingBar
 from invmm.runtime.signals import Interrupted, interruptible, raise_on_signals
-from invmm.runtime.trainer import TrainerSettings
-from invmm.training.architectures import TrainableModel, Trainee
+from invmm.training.architectures import Trainee
 from invmm.training.export import AveragedWeights, Export, Finiteness
 from invmm.training.folder import (
     FINAL,
@@ -36,38 +34,17 @@ from invmm.training.folder import (
     newest_checkpoint,
 )
 from invmm.training.images import TrainingImages, read_training_set
-from invmm.training.settings import TrainingSettings
+from invmm.training.run import TrainRun
 
 _LOG_EVERY = 50
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainRun:
-    """The recipes of a training.
-
-    Attributes:
-        model: architecture and noise schedule.
-        dataset: images and copies.
-        training: hyperparameters.
-        trainer: devices.
-        seed: of weights, batches and noises.
-        run_dir: exports, checkpoints and the loss curve go here.
-        config: the resolved config without its machine-only keys.
-        digest: identifies it.
-    """
-
-    model: TrainableModel
-    dataset: DatasetRecipe
-    training: TrainingSettings
-    trainer: TrainerSettings
-    seed: int
-    run_dir: Path
-    config: Mapping[str, Any]
-    digest: str
-
-
-def train(run: TrainRun) -> int:
+def train(run: TrainRun, run_dir: Path) -> int:
     """Trains, or goes on training, and exports diffusers folders.
+
+    Args:
+        run: what to train.
+        run_dir: exports, checkpoints and the loss curve go here.
 
     Returns:
         The exit code: 0 done; 3 a process died; 130 or 143 interrupted by a signal.
@@ -77,7 +54,7 @@ def train(run: TrainRun) -> int:
             model or at all, or the weights became non-finite, which are not exported.
     """
     run.training.check_devices(run.trainer.devices)
-    with OwnedRunFolder(run.run_dir, config=run.config, digest=run.digest) as folder:
+    with OwnedRunFolder(run_dir, config=run.identity, digest=run.digest) as folder:
         dataset = run.dataset.open(run.model.image_size)
         images, manifest = read_training_set(dataset, run.seed)
         check_images(folder.path, manifest)
@@ -91,7 +68,7 @@ def train(run: TrainRun) -> int:
         exit_code, reason = Exit.INCOMPLETE, "a process ended early"
         try:
             with interruptible():
-                _fit(TrainModule(trainee, run, images), run, manifest, checkpoint)
+                _fit(TrainModule(trainee, run, images), run, folder.path, manifest, checkpoint)
         except Interrupted as signal:
             exit_code, reason = signal.exit_code, f"stopped by {signal}"
         except WORKER_DEATHS as error:
@@ -198,7 +175,11 @@ class _Steps:
 
 
 def _fit(
-    module: TrainModule, run: TrainRun, manifest: TrainingManifest, checkpoint: str | None
+    module: TrainModule,
+    run: TrainRun,
+    run_dir: Path,
+    manifest: TrainingManifest,
+    checkpoint: str | None,
 ) -> None:
     averaged = AveragedWeights(run.training.ema_decay)
     with own_processes(
@@ -206,15 +187,15 @@ def _fit(
         max_steps=run.training.num_steps,
         gradient_clip_val=run.training.gradient_clip,
         log_every_n_steps=_LOG_EVERY,
-        logger=CSVLogger(run.run_dir, name="log"),
+        logger=CSVLogger(run_dir, name="log"),
         enable_progress_bar=False,
         callbacks=[
             averaged,
             Finiteness(run.training, averaged, _LOG_EVERY),
-            Export(run.run_dir, run.training, averaged, manifest),
+            Export(run_dir, run.training, averaged, manifest),
             TrainingBar(),
             ModelCheckpoint(
-                dirpath=run.run_dir / "checkpoints",
+                dirpath=run_dir / "checkpoints",
                 filename="{step:08d}",
                 monitor="step",
                 mode="max",

@@ -15,7 +15,7 @@ from invmm.models.execution import LoadedNetwork
 from invmm.models.latent import LatentNetwork
 from invmm.results.ownership import differences
 from invmm.results.records import read_records
-from invmm.runtime.plan import MeasureRun
+from invmm.runtime.run import MeasureRun
 
 SEARCHED = frozenset({Status.REPLICATED, Status.NOT_REPLICATED, Status.DIVERGED, Status.FAILED})
 """How a search for a noise distribution can end."""
@@ -47,12 +47,13 @@ def chosen_records(run_dir: Path, image_ids: Sequence[str]) -> list[dict[str, An
 
 
 def checked_network(
-    run: MeasureRun, manifest: Mapping[str, Any], device: torch.device
+    run_dir: Path, run: MeasureRun, manifest: Mapping[str, Any], device: torch.device
 ) -> LoadedNetwork:
     """The model, once it and the similarity network are known to be those of the run.
 
     Args:
-        run: the recipes, the model wherever it is now.
+        run_dir: folder of the run.
+        run: what was run, the model wherever it is now.
         manifest: of the run.
         device: of the network.
 
@@ -67,10 +68,10 @@ def checked_network(
         changed += differences(inputs["model"], run.model.fingerprint(), "model")
         if "model_settings" in inputs:
             changed += differences(inputs["model_settings"], run.model.settings(), "model")
-    _refuse(run.run_dir, changed)
+    _refuse(run_dir, changed)
     network = run.model.load(device)
     if was_in_memory:
-        _refuse(run.run_dir, _differences_in_memory(inputs["model"], network))
+        _refuse(run_dir, _differences_in_memory(inputs["model"], network))
     return network
 
 

@@ -34,7 +34,7 @@ from invmm.results.damage import SCHEMA_VERSION
 from invmm.results.records import read_records, unreadable_records
 from invmm.results.seal import seal_faults
 from invmm.runtime.conditions import Conditions
-from invmm.runtime.plan import MeasureRun
+from invmm.runtime.run import MeasureRun
 from invmm.runtime.worker import image_generator
 from invmm.verification.evidence import DRAWN_FROM, checked_network
 from invmm.verification.findings import Finding, table
@@ -50,7 +50,8 @@ class Verification:
     """What is to be verified, and how.
 
     Attributes:
-        run: the recipes of the run, with a model and a similarity network that the verifier trusts.
+        run_dir: folder of the run.
+        run: what was run, with a model and a similarity network that the verifier trusts.
         manifest: of the run.
         records: to be verified, see `chosen_records`.
         is_all: they are all records of the run.
@@ -63,6 +64,7 @@ class Verification:
         root_hash: which the run printed; None leaves unverified that no record is missing.
     """
 
+    run_dir: Path
     run: MeasureRun
     manifest: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]]
@@ -89,13 +91,13 @@ def verify(task: Verification) -> int:
             run, a measurement that saves no distribution, or a run that asked for less than the
             rules do.
     """
-    run_dir = task.run.run_dir
+    run_dir = task.run_dir
     searching, criterion = task.run.measurement, task.run.replication
     if not isinstance(searching, Searching):
         raise ValueError(f"{run_dir} is of a measurement that leaves no distributions")
     scales = len(task.run.sampler.guidance_scales)
     task.rules.refuse(searching.passing(criterion, scales, sys.maxsize), criterion.threshold)
-    network = checked_network(task.run, task.manifest, task.device)
+    network = checked_network(run_dir, task.run, task.manifest, task.device)
     verifier = Verifier(task, searching, network)
     findings = verifier.findings()
     if task.is_all:
@@ -152,7 +154,7 @@ class Verifier:
         entries = self.dataset.entries
         self.entries = {record_key(entry.image_id): entry for entry in entries}
         self.is_same_list = list_digest(entries) == task.manifest["inputs"]["dataset"]
-        num_records = len(read_records(run.run_dir, only_whole=False))
+        num_records = len(read_records(task.run_dir, only_whole=False))
         self.alpha = task.rules.alpha(num_records)
         self.num_samples = task.num_samples or task.rules.fresh_samples(num_records)
         self._judged: dict[str, Finding] = {}
@@ -321,7 +323,7 @@ class Verifier:
         return entry, loaded, "data set"
 
     def _place(self, record: Mapping[str, Any]) -> Path:
-        return self.run.run_dir / "records" / record["folder"]
+        return self.task.run_dir / "records" / record["folder"]
 
     def _settings(self) -> EngineSettings:
         """Those of the run, without the row counts that it measured on its own device."""

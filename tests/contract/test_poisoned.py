@@ -18,8 +18,8 @@ from PIL import Image
 from test_networks import pixel_pipeline
 from tiny import QUICK
 
-from invmm.config.compose import compose_job, identity_of
-from invmm.config.recipes import check_measure, plan_of
+from invmm.config.compose import compose_job
+from invmm.config.recipes import check_measure
 from invmm.data.memory import MemoryImages
 from invmm.engine.finiteness import Stage
 from invmm.models.borrowed import BorrowedModel
@@ -91,19 +91,15 @@ def planned(kind: str, name: str, *more: str):
     plain = compose_job("measure", given, faults)
     size = {"pixel": "8", "sd3 t5 24 pixels": "24"}.get(kind, "16")
     dataset = MemoryImages.of({"it": PICTURES[size]}, {"it": "a red fox"})
-    recipes = (
-        check_measure({**plain, "model": model, "dataset": dataset}, faults) if plain else None
-    )
+    run = check_measure({**plain, "model": model, "dataset": dataset}, faults) if plain else None
     assert not faults
-    assert recipes is not None
-    config = {**plain, "model": {}, "dataset": {}}
-    return plan_of(recipes, folder=None, config=config, identity=identity_of(config))
+    assert run is not None
+    return run
 
 
 def measured(run, path):
     """The one record of a run."""
     dataset = run.dataset.open(run.model.describe().image_size)
-    run = replace(run, run_dir=path)
     with OwnedRunFolder(path, config=run.identity, digest=run.digest) as folder:
         Worker(run, folder, dataset, dataset.entries, CPU).drain()
     (record,) = read_records(path)

@@ -22,8 +22,8 @@ import written
 from safetensors.torch import load_file, save_file
 
 from invmm.cli import verify
-from invmm.config.compose import digest_of, identity_of
 from invmm.files import record_key
+from invmm.identity import digest_of, identity_of
 from invmm.probability.certificate import clopper_pearson, log_p_certified, lower_rate
 from invmm.results.collect import collect
 from invmm.results.records import read_records
@@ -60,12 +60,10 @@ class Folder:
         """Changes the config wherever it is written, with its digest."""
         config = self.manifest["config"]
         *path, last = key.split(".")
-        for nodes in (config, {"inversion": config["measurement"]}):
-            node = nodes
-            for name in path:
-                node = node.get(name, {})
-            if nodes is config or node:
-                node[last] = value
+        node = {**config, "inversion": config["measurement"]} if path else config
+        for name in path:
+            node = node[name]
+        node[last] = value
         self.manifest["config_digest"] = digest_of(config)
         stored = json.loads((self.path / "config.json").read_bytes())
         stored |= {"config": identity_of(config), "digest": digest_of(config)}

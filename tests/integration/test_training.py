@@ -26,6 +26,7 @@ from invmm.models.pixel import PixelUNet
 from invmm.runtime.trainer import TrainerSettings
 from invmm.training.architectures import UNet
 from invmm.training.images import read_training_set
+from invmm.training.run import TrainRun
 from invmm.training.settings import TrainingSettings
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -41,6 +42,10 @@ class FewImages:
     problems: tuple[str, ...] = ()
     size: int = 8
     source: str = "few images"
+
+    def described(self) -> str:
+        """The same config, whatever images are there."""
+        return self.source
 
     def open(self, size: int) -> FewImages:
         assert size == self.size
@@ -122,14 +127,13 @@ def _work(job: Job) -> None:
 
     module.TrainModule.training_step = struck_step
     DDPMPipeline.save_pretrained = struck_save
-    config = {"training": dict(job.training), "seed": SEED}
-    run = module.TrainRun(
+    run = TrainRun(
         model=job.model, dataset=job.dataset, training=TrainingSettings(**job.training),
         trainer=TrainerSettings(accelerator="cpu", devices=job.devices, threads_per_device=1),
-        seed=SEED, run_dir=job.run_dir, config=config, digest=repr(config),
+        seed=SEED,
     )  # fmt: skip
     try:
-        code = module.train(run)
+        code = module.train(run, job.run_dir)
     except ValueError as error:
         print(f"ValueError: {error}", flush=True)
         code = 2

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from studies import EXPERIMENTS, calls_of
 
-from invmm.config.compose import compose_job, digest_of
+from invmm.config.compose import compose_job
+from invmm.config.recipes import run_digest
 
 ROOT = EXPERIMENTS.parent
 STUDIES = sorted(
@@ -33,7 +34,7 @@ def test_a_logger_leaves_a_run_what_it_is(tmp_path, study):
     """So a finished run is not measured again, but only shown."""
     _, *overrides = next(call for call in calls_of(study, tmp_path) if call[0] == "invmm")
     faults: list[str] = []
-    digests = {digest_of(compose_job("measure", [*overrides, *more], faults))
+    digests = {run_digest("measure", compose_job("measure", [*overrides, *more], faults))
                for more in ([], OPTIONS)}  # fmt: skip
     assert faults == []
     assert len(digests) == 1

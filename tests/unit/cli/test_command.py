@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 
 from invmm.cli.command import Command
-from invmm.config.compose import compose_job, digest_of
+from invmm.config.compose import compose_job
+from invmm.config.recipes import run_digest
 
 GIVEN = ("model.path=m", "dataset=folder", "dataset.path=i")
 
 
 def digest(*overrides: str) -> str:
-    return digest_of(compose_job("measure", [*GIVEN, *overrides], []))
+    return run_digest("measure", compose_job("measure", [*GIVEN, *overrides], []))
 
 
 @pytest.fixture
@@ -29,9 +30,9 @@ def ran(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["invmm"])
         jobs = []
 
-        def execute(recipes, config, folder: Path, identity) -> int:
+        def execute(config, folder: Path) -> int:
             jobs.append(SimpleNamespace(
-                recipes=recipes, config=config, digest=digest_of(identity),
+                config=config, digest=run_digest("measure", config),
                 folder=Path(folder).resolve().relative_to(tmp_path).as_posix(),
             ))  # fmt: skip
             return work(config)
@@ -152,8 +153,8 @@ def test_an_option_wins_over_a_preset_in_what_runs_too(flags, ran):
     assert job.config == checked
     assert job.config["replication"]["similarity"]["path"] is None
     assert job.config["sampler"]["num_inference_steps"] == 50
-    assert job.folder == f"o/{digest_of(checked)}"
-    assert job.digest == digest_of(checked)
+    assert job.folder == f"o/{run_digest('measure', checked)}"
+    assert job.digest == run_digest("measure", checked)
 
 
 def test_presets_and_options_are_swept_together(ran):
@@ -182,7 +183,7 @@ def test_a_launcher_submits_what_its_own_machine_cannot_run(ran, capsys, monkeyp
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     submitted = []
     monkeypatch.setattr(
-        Command, "_run_hydra", lambda self, overrides, multirun: submitted.append(overrides) or 0
+        Command, "_run_sweep", lambda self, overrides: submitted.append(overrides) or 0
     )
     sweep = ("-m", "hydra/launcher=slurm", "trainer=gpu", "shard=0/2,1/2")
     monkeypatch.setattr("shutil.which", lambda name: None)

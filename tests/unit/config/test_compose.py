@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from invmm.config.compose import compose_job, digest_of, groups, jobs, permissive
+from invmm.config.compose import compose_job, groups, jobs, permissive
+from invmm.config.recipes import run_digest
 
 MODEL = "model.path=somewhere"
 
@@ -90,7 +91,7 @@ def test_what_does_not_resolve_is_a_fault_with_its_key():
     "dry_run=true", "hydra.verbose=true",
 ])  # fmt: skip
 def test_the_digest_ignores_where_and_how(override):
-    assert digest_of(composed(override)) == digest_of(composed())
+    assert run_digest("measure", composed(override)) == run_digest("measure", composed())
 
 
 @pytest.mark.parametrize("override", [
@@ -101,10 +102,10 @@ def test_the_digest_ignores_where_and_how(override):
     "engine.rows_embed=4",
 ])  # fmt: skip
 def test_the_digest_changes_with_all_that_changes_results(override):
-    assert digest_of(composed(override)) != digest_of(composed())
+    assert run_digest("measure", composed(override)) != run_digest("measure", composed())
 
 
 def test_the_digest_is_the_same_whatever_the_order_of_keys():
     config = composed()
-    assert digest_of(dict(reversed(config.items()))) == digest_of(config)
-    assert len(digest_of(config)) == 12
+    assert run_digest("measure", dict(reversed(config.items()))) == run_digest("measure", config)
+    assert len(run_digest("measure", config)) == 12

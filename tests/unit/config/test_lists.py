@@ -10,7 +10,8 @@ import pytest
 
 from invmm.cli.job import HydraJob
 from invmm.config import lists
-from invmm.config.compose import compose_job, digest_of, jobs
+from invmm.config.compose import compose_job, jobs
+from invmm.config.recipes import run_digest
 
 GIVEN = ("model.path=m", "dataset=cifar10")
 
@@ -57,10 +58,10 @@ def test_the_content_is_the_identity_not_the_name(here):
     for name, content in (("a.txt", "x.png\ny.png"), ("b.json", '["x.png", "y.png"]')):
         (here / name).write_text(content)
     options = ("dataset.ids=@a.txt", "dataset.ids=@b.json", "dataset.ids=[x.png,y.png]")
-    assert len({digest_of(composed(option)[0]) for option in options}) == 1
-    before = digest_of(composed("dataset.ids=@a.txt")[0])
+    assert len({run_digest("measure", composed(option)[0]) for option in options}) == 1
+    before = run_digest("measure", composed("dataset.ids=@a.txt")[0])
     (here / "a.txt").write_text("x.png")
-    assert digest_of(composed("dataset.ids=@a.txt")[0]) != before
+    assert run_digest("measure", composed("dataset.ids=@a.txt")[0]) != before
 
 
 @pytest.mark.parametrize(("option", "content", "fault"), [

@@ -7,7 +7,8 @@ from importlib.resources import files
 import pytest
 import yaml
 
-from invmm.config.compose import compose_job, digest_of
+from invmm.config.compose import compose_job
+from invmm.config.recipes import run_digest
 
 
 def composed(*overrides: str, config_name: str = "measure"):
@@ -98,6 +99,6 @@ def test_a_key_is_deleted_from_the_option():
 
 def test_the_same_values_have_the_same_digest_whoever_gave_them():
     """The demo sets nothing of the replication, so giving its default changes nothing."""
-    assert digest_of(composed("experiment=demo")) == digest_of(
-        composed("experiment=demo", "replication=sscd")
+    assert run_digest("measure", composed("experiment=demo")) == run_digest(
+        "measure", composed("experiment=demo", "replication=sscd")
     )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from annotated_types import Ge
 
 from invmm.data.dataset import DatasetRecipe, ImageEntry
 from invmm.data.prompt import Prompt
 from invmm.diffusion.sampling import Sampler
 from invmm.engine.protocols import Measurement
+from invmm.engine.repeated import Repeated
 from invmm.engine.settings import EngineSettings
 from invmm.files import json_digest
+from invmm.identity import Run
 from invmm.models.adapter import ModelRecipe
 from invmm.models.execution import Execution
 from invmm.replication.replication import Replication
@@ -55,10 +58,10 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureRun:
-    """The recipes of a run. Nothing heavy is loaded yet, and all of it can be pickled.
+class MeasureRun(Run):
+    """Everything `invmm` can be told. Nothing heavy is loaded yet, and all of it can be pickled.
 
-    Attributes:
+    Attributes, beside those of every run:
         measurement: the question asked of each image.
         model: the model under measurement.
         dataset: the images.
@@ -69,13 +72,9 @@ class MeasureRun:
         engine: slots and rows per call.
         trainer: devices.
         logger: views of the records.
-        seed: of everything random, together with the image id.
-        shard: the part of the images that this run measures, None for all.
-        run_dir: where the records go; it belongs to one config.
+        repeats: measurements of each image.
+        shard: "0/4" for the first of four parts of the images, None for all.
         retry_failed: measure images again that FAILED in an earlier run of the folder.
-        config: the resolved config, for the manifest.
-        identity: the config without its machine-only keys; the run folder belongs to it.
-        digest: of the identity.
     """
 
     measurement: Measurement
@@ -88,13 +87,21 @@ class MeasureRun:
     engine: EngineSettings
     trainer: TrainerSettings
     logger: RunLog
-    seed: int
-    shard: Shard | None
-    run_dir: Path
-    retry_failed: bool
-    config: Mapping[str, Any]
-    identity: Mapping[str, Any]
-    digest: str
+    repeats: Annotated[int, Ge(1)] = 1
+    shard: str | None = None
+    retry_failed: bool = False
+
+    @property
+    def repeated(self) -> Measurement:
+        """What is done to each image."""
+        if self.repeats == 1:
+            return self.measurement
+        return Repeated(measurement=self.measurement, repeats=self.repeats)
+
+    @property
+    def part(self) -> Shard | None:
+        """The part of the images that is measured, None for all."""
+        return None if self.shard is None else Shard.parse(self.shard)
 
     def digest_with(self, rows: Mapping[str, int]) -> str:
         """Of what records rest on: the identity, and the rows of a call that it left open.
