@@ -52,14 +52,27 @@ def read_file(path: Path) -> bytes:
         return file.read()
 
 
+FileState = tuple[int, int, int, int]
+"""Changes whenever a file is written: what was read of it in one state can be kept."""
+
+
+def state_of(path: Path) -> FileState:
+    """The state of a file now.
+
+    Raises:
+        OSError: it is missing.
+    """
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex; of a file that was not written since, as it was found."""
-    state = path.stat()
-    return _sha256(path, (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+    return _sha256(path, state_of(path))
 
 
 @lru_cache(maxsize=1 << 16)
-def _sha256(path: Path, state: tuple[int, ...]) -> str:
+def _sha256(path: Path, state: FileState) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from invmm.files import file_sha256, read_file
+from invmm.files import FileState, file_sha256, read_file, state_of
 
 _MAX_JSON_BYTES = 1 << 20
 _MAX_TEXT_BYTES = 1 << 30
@@ -31,19 +33,24 @@ _NOTES = ("transformers_version", "name_or_path")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model folder.
+    """A JSON object of a model folder; of a file that was not written since, as it was found.
 
     Raises:
         ValueError: missing, too large, no JSON object, or one that asks for programs.
     """
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"{path} is too large for a config file")
-        content = json.loads(read_file(path).decode("utf-8"))
+        return copy.deepcopy(_object(path, state_of(path)))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; save the model again by save_pretrained") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+@lru_cache(maxsize=256)
+def _object(path: Path, state: FileState) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(f"{path} is too large for a config file")
+    content = json.loads(read_file(path).decode("utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object")
     _refuse_programs(path, content)
