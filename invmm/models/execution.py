@@ -86,8 +86,8 @@ class Execution:
     attention: Literal["math", "efficient", "flash", "cudnn"] | None = None
     gradient_checkpointing: bool = False
 
-    def prepare(self, network: LoadedNetwork) -> SearchableNetwork:
-        """The network, computed this way.
+    def prepare(self, network: LoadedNetwork) -> LoadedNetwork:
+        """The network, computed this way; a `SearchableNetwork` if it is one.
 
         Raises:
             ValueError: the denoiser cannot do it.
@@ -95,6 +95,8 @@ class Execution:
         self.configure(network.denoiser)
         if self.compile:
             network.denoiser.compile(dynamic=False)
+        if isinstance(network, SearchableNetwork):
+            return _ExecutedTextNetwork(network, self)
         return _ExecutedNetwork(network, self)
 
     def configure(self, denoiser: Any) -> None:
@@ -146,19 +148,14 @@ class _ExecutedNetwork:
         output = output.float()
         return _ScaleGradient.apply(output, self._scale) if self._scale else output
 
-    def searched_prompt(self, search: PromptSearch) -> PromptTokens:
-        """See `SearchableNetwork`."""
-        return self._searchable.searched_prompt(search)
 
-    def encode_prompt(self, embeddings: Condition, ids: Condition, fixed: Condition) -> Condition:
-        """See `TextNetwork`; always in the precision of the weights."""
-        return self._searchable.encode_prompt(embeddings, ids, fixed)
+class _ExecutedTextNetwork(_ExecutedNetwork):
+    """Prompts are always encoded in the precision of the weights."""
 
-    @property
-    def _searchable(self) -> SearchableNetwork:
-        if not isinstance(self._network, SearchableNetwork):
-            raise ValueError(f"a {type(self._network).__name__} reads no text; use prompt=none")
-        return self._network
+    def __init__(self, network: SearchableNetwork, execution: Execution) -> None:
+        super().__init__(network, execution)
+        self.searched_prompt = network.searched_prompt
+        self.encode_prompt = network.encode_prompt
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -137,23 +137,6 @@ class LatentNetwork:
         """One row that guidance pushes away from; None without guidance."""
         return None
 
-    def searched_prompt(self, search: PromptSearch) -> PromptTokens:
-        """What a searched prompt is made of.
-
-        Raises:
-            ValueError: the model has no text encoder, or the search does not suit those it has.
-        """
-        if not self.family.searched:
-            cure = " or ".join(f"prompt={option}" for option in self.family.prompts)
-            raise ValueError(f"a {self.family.name} model reads no text to search; use {cure}")
-        fixed = self.condition("")
-        assert fixed is not None
-        return prompt_tokens(self.pipeline, self.family, search, fixed)
-
-    def encode_prompt(self, embeddings: Condition, ids: Condition, fixed: Condition) -> Condition:
-        """See `TextNetwork`; families with a text encoder have their own."""
-        raise NotImplementedError
-
     @staticmethod
     def evaluate(denoiser: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The denoiser's raw output."""
@@ -169,6 +152,20 @@ class LatentNetwork:
             tokens: of a prompt, if there is one.
         """
         return {}
+
+
+class TextLatentNetwork(LatentNetwork):
+    """A family with text encoders, the prompt of which can be searched."""
+
+    def searched_prompt(self, search: PromptSearch) -> PromptTokens:
+        """See `SearchableNetwork`."""
+        fixed = self.condition("")
+        assert fixed is not None
+        return prompt_tokens(self.pipeline, self.family, search, fixed)
+
+    def encode_prompt(self, embeddings: Condition, ids: Condition, fixed: Condition) -> Condition:
+        """See `TextNetwork`."""
+        raise NotImplementedError
 
 
 class LatentDiffusion(LatentNetwork):

@@ -14,7 +14,7 @@ from invmm.diffusion.guidance import Condition
 from invmm.models.codec import Conventions
 from invmm.models.components import DEFAULTS, Parts
 from invmm.models.fitting import check_text_width
-from invmm.models.latent import LatentNetwork
+from invmm.models.latent import TextLatentNetwork
 from invmm.models.parts import RECTIFIED_FLOWS, SCHEDULERS, Family
 from invmm.models.prompt_search import clip_output, with_columns
 
@@ -22,7 +22,7 @@ _SIZE_IS_MEANT, _SET_SIZE = Version("0.9.0.dev0"), 64
 _TOKENIZERS = ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")
 
 
-class StableDiffusion(LatentNetwork):
+class StableDiffusion(TextLatentNetwork):
     """Stable Diffusion 1.x and 2.x, predicting noise or velocity."""
 
     family = Family(
@@ -82,7 +82,7 @@ class StableDiffusion(LatentNetwork):
         return {"prompt_embeds": torch.zeros(rows, tokens, _text_width(config))}
 
 
-class StableDiffusionXL(LatentNetwork):
+class StableDiffusionXL(TextLatentNetwork):
     """Stable Diffusion XL: two text encoders, a pooled embedding and the size of the image."""
 
     conventions = Conventions(statistics=True, upcast=True)
@@ -188,7 +188,7 @@ class StableDiffusionXL(LatentNetwork):
         }
 
 
-class StableDiffusion3(LatentNetwork):
+class StableDiffusion3(TextLatentNetwork):
     """Stable Diffusion 3 and 3.5: a transformer trained on rectified flow, with or without T5."""
 
     posterior = "sample"

@@ -11,7 +11,7 @@ from invmm.data.dataset import ImageEntry
 from invmm.data.prompt import Prompt
 from invmm.diffusion.guidance import Condition, repeated
 from invmm.engine.prompt import PromptTokens
-from invmm.models.execution import SearchableNetwork
+from invmm.models.execution import LoadedNetwork, SearchableNetwork
 
 
 class Conditions:
@@ -29,10 +29,18 @@ class Conditions:
     """
 
     @torch.no_grad()
-    def __init__(self, network: SearchableNetwork, prompt: Prompt) -> None:
+    def __init__(self, network: LoadedNetwork, prompt: Prompt) -> None:
         self.network, self.prompt = network, prompt
         self.negative = network.negative(prompt.negative)
-        self._searched = network.searched_prompt(prompt.search) if prompt.search else None
+        self._searched = None
+        if prompt.search:
+            self._searched = self._text_network.searched_prompt(prompt.search)
+
+    @property
+    def _text_network(self) -> SearchableNetwork:
+        if not isinstance(self.network, SearchableNetwork):
+            raise ValueError("prompt=learned: the model reads no text to search; use prompt=none")
+        return self.network
 
     @torch.no_grad()
     def of(self, entry: ImageEntry) -> Condition | None:
@@ -72,4 +80,4 @@ class Conditions:
         assert ids is not None
         assert fixed is not None
         by_encoder = dict(zip(tokens.tables, parts, strict=True))
-        return self.network.encode_prompt(by_encoder, ids, fixed)
+        return self._text_network.encode_prompt(by_encoder, ids, fixed)

@@ -13,6 +13,7 @@ from torch import Tensor
 from invmm.data.dataset import ImageEntry
 from invmm.data.prompt import Prompt
 from invmm.engine.prompt import PromptSearch, PromptTokens
+from invmm.engine.protocols import Network, TextNetwork
 from invmm.models.execution import Execution, SearchableNetwork
 from invmm.models.pipeline import PIPELINES
 from invmm.runtime.conditions import Conditions
@@ -219,7 +220,6 @@ def test_only_real_tokens_are_candidates_and_they_decode():
     ("sd1 epsilon", {"num_tokens": 76}, "use at most 75"),
     ("sd1 epsilon", {"encoders": ["text_encoder_2"]}, "there are text_encoder"),
     ("sd3", {"encoders": ["text_encoder_3"]}, "there are text_encoder, text_encoder_2"),
-    ("ldm vq", {}, "use prompt=none"), ("dit", {}, "use prompt=class_label"),
 ])  # fmt: skip
 def test_a_search_that_a_model_does_not_have_is_refused(family, options, cure):
     with pytest.raises(ValueError, match=cure):
@@ -239,9 +239,17 @@ def test_an_executed_network_searches_too_unless_it_reads_no_text():
     tokens = network.searched_prompt(PromptSearch())
     embeddings = random_embeddings(tokens, 1, 0)
     assert encoded(network, tokens, embeddings)["prompt_embeds"].shape == (1, 77, 16)
-    pixel = Execution().prepare(pixel_network())
-    with pytest.raises(ValueError, match="use prompt=none"):
-        pixel.searched_prompt(PromptSearch())
+
+
+@pytest.mark.parametrize("family", ["ldm vq", "dit", "pixel"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_network_that_reads_no_text_is_no_text_network(family, prepared):
+    network = pixel_network() if family == "pixel" else network_of(family)
+    network = Execution().prepare(network) if prepared else network
+    assert isinstance(network, Network)
+    assert not isinstance(network, TextNetwork)
+    with pytest.raises(ValueError, match="prompt=learned: the model reads no text to search"):
+        Conditions(network, Prompt(kind="learned", search=PromptSearch()))
 
 
 def pixel_network():
