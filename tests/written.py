@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from invmm.data.dataset import ImageEntry, LoadedImage
-from invmm.engine.outcomes import Evaluations, Outcome, Seconds, Status
+from invmm.engine.outcomes import Evaluations, Outcome, Seconds, Spent, Status
 from invmm.results.damage import FILES, vouched
 from invmm.results.ownership import OwnedRunFolder
 from invmm.results.run_folder import RunFolder
@@ -41,7 +41,7 @@ def outcome(status: Status, *, score: float | None = None, similarity: float | N
         tensors={"mean": torch.arange(48.0).reshape(3, 4, 4)},
         samples=None if similarity is None else torch.stack([-torch.ones(3, 4, 4)] * 2),
         evaluations=Evaluations(forward=40, backward=8, sampler=32),
-        seconds=Seconds(total=1.5, network=0.5, sampler=0.25),
+        seconds=Seconds(total=1.5, on={Spent.NETWORK: 0.5, Spent.SAMPLER: 0.25}),
     )
     return Outcome(**{**given, **more})
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from invmm.analysis.separation import contrast
 from invmm.analysis.statistics import found_shares, image_groups, proportion
 from invmm.analysis.style import LABELS, one_line
-from invmm.engine.outcomes import Status
+from invmm.engine.outcomes import Spent, Status
 from invmm.results.collect import (
     has_score,
     has_shared_bank,
@@ -219,7 +219,7 @@ def accounting(processes: Sequence[Mapping[str, Any]], frame: pd.DataFrame) -> s
         return lines[0]
     spent = {
         kind: sum(process["by_kind"].get(kind, 0) for process in processes) / seconds
-        for kind in ("network", "sampler", "similarity", "measurement", "preparation")
+        for kind in Spent
     }
     spent["writing"] = sum(process["consumer"] for process in processes) / seconds
     shares = ", ".join(f"{name} {share:.1%}" for name, share in spent.items())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Le, MinLen
@@ -16,27 +16,8 @@ from torch import Tensor
 
 from invmm.diffusion.guidance import is_guided
 from invmm.diffusion.schedule import NoiseSchedule
+from invmm.diffusion.schedulers import SCHEDULERS, Scheduler, SchedulerName, Spacing
 
-SchedulerName = Literal[
-    "ddim", "ddpm", "dpmsolver", "euler", "heun", "unipc", "flow_euler", "flow_heun"
-]
-
-_CLASSES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {"set_alpha_to_one": True}),
-    "ddpm": ("DDPMScheduler", {"variance_type": "fixed_small"}),
-    "dpmsolver": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"},
-    ),
-    "euler": ("EulerDiscreteScheduler", {"final_sigmas_type": "zero"}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {"final_sigmas_type": "zero"}),
-}
-_FLOW_CLASSES: Mapping[str, str] = {
-    "flow_euler": "FlowMatchEulerDiscreteScheduler",
-    "flow_heun": "FlowMatchHeunDiscreteScheduler",
-}
-_CAN_CLIP = ("ddim", "ddpm", "heun")
 _SMALLEST_FIRST_ALPHA, _LARGEST_FIRST_ALPHA = 1e-5, 0.5
 _NO_SIGNAL_ALPHA = 2**-24
 """What diffusers' samplers that divide by sqrt(alpha-bar) use in place of an alpha-bar of 0."""
@@ -47,8 +28,8 @@ class Sampler:
     """Which scheduler turns noise into images, and how.
 
     Attributes:
-        scheduler: ddim, ddpm, dpmsolver (DPM-Solver++ 2M), euler, heun or unipc; flow_euler or
-            flow_heun for models trained on a rectified flow.
+        scheduler: of the table in `invmm.diffusion.schedulers`; dpmsolver is DPM-Solver++ 2M, and
+            flow_euler and flow_heun are for models trained on a rectified flow.
         num_inference_steps: denoising steps (Heun evaluates the network twice in most of them).
         eta: noise that DDIM adds, 0 (none) to 1 (as much as DDPM).
         timestep_spacing: which of the training timesteps are visited; "trailing" starts at the
@@ -66,43 +47,46 @@ class Sampler:
     scheduler: SchedulerName = "ddim"
     num_inference_steps: Annotated[int, Ge(1)] = 50
     eta: Annotated[float, Ge(0), Le(1)] = 0.0
-    timestep_spacing: Literal["trailing", "leading", "linspace"] = "trailing"
+    timestep_spacing: Spacing = "trailing"
     clip_sample: bool = False
     guidance_scales: Annotated[Sequence[Annotated[float, Ge(0)]], MinLen(1)] = (1.0,)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "guidance_scales", tuple(map(float, self.guidance_scales)))
-        if self.eta and self.scheduler != "ddim":
+        named = f"sampler.scheduler={self.scheduler}"
+        if self.scheduler not in SCHEDULERS:
+            raise ValueError(f"{named} is none of {', '.join(SCHEDULERS)}")
+        if self.eta and not self.facts.takes_eta:
             raise ValueError(
-                f"sampler.eta={self.eta} has no meaning for sampler.scheduler={self.scheduler}; "
-                "use sampler=ddim or sampler.eta=0"
+                f"sampler.eta={self.eta} has no meaning for {named}; use sampler=ddim or "
+                "sampler.eta=0"
             )
-        if self.clip_sample and self.scheduler not in _CAN_CLIP:
+        if self.clip_sample and not self.facts.can_clip:
+            able = ", ".join(name for name, facts in SCHEDULERS.items() if facts.can_clip)
             raise ValueError(
-                f"sampler.clip_sample=true is not possible with sampler.scheduler={self.scheduler}"
-                f"; use one of {', '.join(_CAN_CLIP)} or sampler.clip_sample=false"
+                f"sampler.clip_sample=true is not possible with {named}; use one of {able} or "
+                "sampler.clip_sample=false"
+            )
+        if self.timestep_spacing not in self.facts.spacings:
+            raise ValueError(
+                f"sampler.timestep_spacing={self.timestep_spacing} has no meaning for {named}; use "
+                f"{' or '.join(self.facts.spacings)}"
             )
 
-        if self.scheduler in _FLOW_CLASSES and self.timestep_spacing == "leading":
-            raise ValueError(
-                f"sampler.timestep_spacing=leading has no meaning for sampler.scheduler="
-                f"{self.scheduler}; use linspace or trailing"
-            )
-        if self.scheduler == "flow_heun" and self.timestep_spacing != "linspace":
-            raise ValueError(
-                "sampler.scheduler=flow_heun takes sampler.timestep_spacing=linspace only"
-            )
+    @property
+    def facts(self) -> Scheduler:
+        """What is known of the scheduler."""
+        return SCHEDULERS[self.scheduler]
 
     @property
     def is_stochastic(self) -> bool:
         """Whether the sampler draws noise of its own."""
-        return self.scheduler == "ddpm" or self.eta > 0
+        return self.facts.is_stochastic or self.eta > 0
 
     @property
     def num_evaluations(self) -> int:
         """Network evaluations for one sample without guidance."""
-        steps = self.num_inference_steps
-        return steps * 2 - 1 if self.scheduler in ("heun", "flow_heun") else steps
+        return (self.num_inference_steps - 1) * self.facts.evaluations + 1
 
     def evaluations_at(self, guidance_scale: float) -> int:
         """Network evaluations for one sample at a guidance scale."""
@@ -120,7 +104,7 @@ class Sampler:
                 f"sampler.num_inference_steps={steps} exceeds the model's {total} training "
                 f"timesteps; use at most {total}"
             )
-        if self.scheduler == "ddim" and total % steps:
+        if self.facts.must_divide and total % steps:
             divisors = [count for count in range(1, total + 1) if total % count == 0]
             near = min(divisors, key=lambda count: abs(count - steps))
             raise ValueError(
@@ -134,10 +118,10 @@ class Sampler:
         Raises:
             ValueError: naming the key, the value and the cure.
         """
-        if (prediction_type == "flow") != (self.scheduler in _FLOW_CLASSES):
+        if (prediction_type == "flow") != self.facts.samples_flows:
             cure, kind = (
                 ("ddim", "noise")
-                if self.scheduler in _FLOW_CLASSES
+                if self.facts.samples_flows
                 else ("flow_euler", "a rectified flow")
             )
             raise ValueError(
@@ -183,7 +167,7 @@ class Sampler:
 
         self.check_kind(schedule.prediction_type)
         if schedule.is_flow:
-            scheduler = getattr(diffusers, _FLOW_CLASSES[self.scheduler])(**schedule.trained)
+            scheduler = getattr(diffusers, self.facts.class_name)(**schedule.trained)
             steps = self.num_inference_steps
             if self.timestep_spacing == "linspace":
                 scheduler.set_timesteps(steps)
@@ -191,13 +175,15 @@ class Sampler:
                 sigmas = [1 - index / steps for index in range(steps)]
                 scheduler.set_timesteps(sigmas=sigmas)
             return scheduler
-        name, fixed = _CLASSES[self.scheduler]
-        scheduler_class = getattr(diffusers, name)
-        trained = _rescaled(schedule.trained) if self.scheduler == "heun" else schedule.trained
-        options = {**trained, **fixed, "timestep_spacing": self.timestep_spacing}
-        if self.scheduler in _CAN_CLIP:
+        facts, trained = self.facts, schedule.trained
+        options = {
+            **(trained if facts.rescales_betas else _rescaled(trained)),
+            **facts.fixed,
+            "timestep_spacing": self.timestep_spacing,
+        }
+        if facts.can_clip:
             options["clip_sample"] = self.clip_sample
-        scheduler = scheduler_class(**options)
+        scheduler = getattr(diffusers, facts.class_name)(**options)
         scheduler.set_timesteps(self.num_inference_steps)
         return scheduler
 
@@ -243,7 +229,7 @@ def draw(
         if seeds is None or len(seeds) != len(noise):
             raise ValueError(f"sampler {sampler.scheduler} draws noise: give one seed a row")
         options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
-    if sampler.scheduler == "ddim":
+    if sampler.facts.takes_eta:
         options["eta"] = sampler.eta
     latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     scale = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)

@@ -7,13 +7,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from invmm.engine.outcomes import Evaluations, Seconds
-
-Kind = Literal["network", "sampler", "similarity", "measurement", "preparation"]
+from invmm.engine.outcomes import Evaluations, Seconds, Spent
 
 
 @dataclass(eq=False)
@@ -32,7 +30,7 @@ class Tally:
     sampler: int = 0
     graph_rows: int = 0
     holds_graph: bool = False
-    seconds: Counter[Kind] = field(default_factory=Counter)
+    seconds: Counter[Spent] = field(default_factory=Counter)
 
     def evaluated(self, rows: int, *, keep_graph: bool, in_sampler: bool = False) -> None:
         """Books rows that went through the network."""
@@ -56,7 +54,7 @@ class Tally:
 
     def spent(self, total: float) -> Seconds:
         """The seconds as they go into the outcome."""
-        return Seconds(total=total, **self.seconds)
+        return Seconds(total=total, on=dict(self.seconds))
 
 
 class Stopwatch:
@@ -70,12 +68,12 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.total: Counter[Kind] = Counter()
+        self.total: Counter[Spent] = Counter()
         self._on_gpu = device.type == "cuda"
-        self._running: list[tuple[Kind, Any, Any, Mapping[Tally, float]]] = []
+        self._running: list[tuple[Spent, Any, Any, Mapping[Tally, float]]] = []
 
     @contextmanager
-    def time(self, kind: Kind, rows: Mapping[Tally, float]) -> Iterator[None]:
+    def time(self, kind: Spent, rows: Mapping[Tally, float]) -> Iterator[None]:
         """Books the time of the block on the tallies, whether or not it raises."""
         start = self._now()
         try:

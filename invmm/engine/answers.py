@@ -22,7 +22,7 @@ from invmm.engine.batching import (
     rows_like,
 )
 from invmm.engine.finiteness import Stage, are_finite, row_magnitudes
-from invmm.engine.outcomes import NonFiniteError
+from invmm.engine.outcomes import NonFiniteError, Spent
 from invmm.engine.protocols import Network, Similarity, TextNetwork
 from invmm.engine.requests import Denoise, Embed, Embedding, EncodePrompt, Minimise, Sample
 from invmm.engine.slots import Slot
@@ -67,7 +67,7 @@ class Answers:
         others_need_graph = any(slot.tally.holds_graph for slot in slots if slot not in group)
         shares: dict[Tally, float] = {slot.tally: slot.tally.graph_rows or 1 for slot in group}
         if losses:
-            with self.stopwatch.time("network", shares):
+            with self.stopwatch.time(Spent.NETWORK, shares):
                 torch.autograd.backward(losses, retain_graph=others_need_graph)
         for slot in group:
             slot.tally.backpropagated()
@@ -94,7 +94,7 @@ class Answers:
             return network.encode_prompt(embeddings, ids, dict(zip(names, own, strict=True)))
 
         per_call = self.rows[rows_like(EncodePrompt)]
-        with torch.set_grad_enabled(keep_graph), self.stopwatch.time("network", _shares(group)):
+        with torch.set_grad_enabled(keep_graph), self.stopwatch.time(Spent.NETWORK, _shares(group)):
             conditions = conditions_in_calls(call, columns, per_call)
         for slot, condition in zip(group, conditions, strict=True):
             slot.tally.holds_graph |= keep_graph
@@ -110,7 +110,7 @@ class Answers:
         def call(latents: Tensor, timesteps: Tensor, *condition: Tensor) -> Tensor:
             return self.network.predict(latents, timesteps, by_names(names, condition))
 
-        with torch.set_grad_enabled(keep_graph), self.stopwatch.time("network", _shares(group)):
+        with torch.set_grad_enabled(keep_graph), self.stopwatch.time(Spent.NETWORK, _shares(group)):
             outputs = in_calls(call, columns, self.rows[Denoise])
         for slot, output in zip(group, outputs, strict=True):
             slot.tally.evaluated(len(output), keep_graph=keep_graph)
@@ -174,7 +174,7 @@ class Answers:
             broken = ~largest.isfinite().reshape(-1, 1, 1, 1)
             return latents.masked_fill(broken, float("nan"))
 
-        with torch.set_grad_enabled(keep_graph), self.stopwatch.time("sampler", _shares(group)):
+        with torch.set_grad_enabled(keep_graph), self.stopwatch.time(Spent.SAMPLER, _shares(group)):
             outputs = in_calls(call, columns, self.rows[Sample])
             finite = are_finite(outputs)
         evaluations = sampler.evaluations_at(requests[0].guidance_scale)
@@ -189,7 +189,7 @@ class Answers:
     def _embed(self, group: Sequence[Slot]) -> list[Embedding | NonFiniteError]:
         requests: list[Embed] = [slot.request for slot in group]  # pyright: ignore
         columns = [[request.latents] for request in requests]
-        with torch.no_grad(), self.stopwatch.time("similarity", _shares(group)):
+        with torch.no_grad(), self.stopwatch.time(Spent.SIMILARITY, _shares(group)):
             pixels = in_calls(self.network.decode, columns, self.rows[Embed])
             columns = [[own] for own in pixels]
             vectors = in_calls(self.similarity.embed, columns, self.rows[Embed])

@@ -24,7 +24,7 @@ from invmm.engine.answers import Answers
 from invmm.engine.batching import num_rows, rows_like, signature
 from invmm.engine.finiteness import Stage, Watch, outcome_is_finite
 from invmm.engine.memory import is_out_of_memory
-from invmm.engine.outcomes import NonFiniteError, Outcome, Status
+from invmm.engine.outcomes import NonFiniteError, Outcome, Spent, Status
 from invmm.engine.protocols import Network, Similarity
 from invmm.engine.requests import Denoise, Embed, EncodePrompt, Minimise, Sample
 from invmm.engine.settings import EngineSettings
@@ -116,7 +116,7 @@ class Engine:
         slot.tally.forget_graph()
         slot.watch = Watch()
         try:
-            with self.stopwatch.time("preparation", {slot.tally: 1}):
+            with self.stopwatch.time(Spent.PREPARATION, {slot.tally: 1}):
                 slot.coroutine = slot.job.start()
         except Exception as error:
             slot.outcome = _ended_by(error)
@@ -130,7 +130,7 @@ class Engine:
         seed = torch.initial_seed()
         slot.request = None
         try:
-            with self.stopwatch.time("measurement", {slot.tally: 1}):
+            with self.stopwatch.time(Spent.MEASUREMENT, {slot.tally: 1}):
                 if isinstance(answer, Exception):
                     slot.request = slot.coroutine.throw(answer)
                 else:

@@ -103,25 +103,32 @@ class CostRange:
         return CostRange(fewest=self.fewest * times, most=self.most * times)
 
 
+class Spent(StrEnum):
+    """What time is spent on; each has a column of the score table."""
+
+    NETWORK = "network"
+    """Denoiser, forwards and backwards, of the search itself."""
+    SAMPLER = "sampler"
+    """Drawing samples for checks."""
+    SIMILARITY = "similarity"
+    """Decoding and embedding samples."""
+    MEASUREMENT = "measurement"
+    """The search outside the network: optimiser, losses, random numbers."""
+    PREPARATION = "preparation"
+    """Reading, encoding and embedding the image."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Seconds:
     """Where the time of one image went; calls shared with other images are split by rows.
 
     Attributes:
         total: wall time from start to end; images that share the engine overlap.
-        network: denoiser, forwards and backwards, of the search itself.
-        sampler: drawing samples for checks.
-        similarity: decoding and embedding samples.
-        measurement: the search outside the network (optimiser, losses, random numbers).
-        preparation: reading, encoding and embedding the image.
+        on: what it was spent on.
     """
 
     total: float = 0.0
-    network: float = 0.0
-    sampler: float = 0.0
-    similarity: float = 0.0
-    measurement: float = 0.0
-    preparation: float = 0.0
+    on: Mapping[Spent, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,4 +163,4 @@ class Outcome:
     samples: Tensor | None = None
     columns: Mapping[str, float | int | str | None] = field(default_factory=dict)
     evaluations: Evaluations = Evaluations()
-    seconds: Seconds = Seconds()
+    seconds: Seconds = field(default_factory=Seconds)

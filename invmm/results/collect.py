@@ -33,7 +33,7 @@ def score_table(run_dirs: Sequence[Path]) -> pd.DataFrame:
         for record in records:
             own = {"near_duplicate_group": groups.get(record["image_id"]), "run": str(run_dir)}
             rows.append({**record.pop("columns", {}), **record, **own})
-    types = {**COLUMNS, "run": "string"}
+    types = {**{name: column.type for name, column in COLUMNS.items()}, "run": "string"}
     frame = pd.DataFrame(rows)
     own = sorted(set(frame.columns) - set(types))
     return frame.reindex(columns=[*types, *own]).astype(types)

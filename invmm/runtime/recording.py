@@ -7,6 +7,9 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,13 +18,59 @@ from safetensors.torch import save
 from torch import Tensor
 
 from invmm.data.dataset import ImageEntry, LoadedImage
-from invmm.engine.outcomes import Outcome, Status
+from invmm.engine.outcomes import Outcome, Spent, Status
 from invmm.files import write_atomically
-from invmm.results.columns import misfit
+from invmm.results.columns import COLUMNS, misfit
 from invmm.results.damage import SCHEMA_VERSION, vouched
 from invmm.results.record_files import load_record
 from invmm.results.records import encodable
 from invmm.results.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a record is made of.
+
+    Attributes:
+        entry: the image.
+        outcome: what was found.
+        loaded: its pixels, None if it could not be loaded.
+        seed: of the run.
+        config_digest: of the run.
+        second_similarity: of the closest sample by the control measure.
+    """
+
+    entry: ImageEntry
+    outcome: Outcome
+    loaded: LoadedImage | None
+    seed: int
+    config_digest: str
+    second_similarity: float | None
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the image file."""
+        return self.loaded.sha256 if self.loaded else None
+
+    @property
+    def num_samples(self) -> int:
+        """Closest samples that are shown beside the record."""
+        return 0 if self.outcome.samples is None else len(self.outcome.samples)
+
+    @property
+    def seconds(self) -> SimpleNamespace:
+        """By what they were spent on."""
+        return SimpleNamespace(**{kind: self.outcome.seconds.on.get(kind, 0.0) for kind in Spent})
+
+    def record(self) -> dict[str, Any]:
+        """The columns that a record has; what is not finite is missing."""
+        sources = {name: column.source for name, column in COLUMNS.items() if column.source}
+        values = {name: attrgetter(source)(self) for name, source in sources.items()}
+        return {
+            **{name: _finite(value) for name, value in values.items()},
+            "columns": dict(self.outcome.columns),
+        }
 
 
 def write_record(
@@ -48,7 +97,15 @@ def write_record(
     Raises:
         OSError: the disk is full or gone; no record is left behind.
     """
-    record = _record(folder, entry, outcome, loaded, seed, second_opinion)
+    measured = Measured(
+        entry=entry,
+        outcome=outcome,
+        loaded=loaded,
+        seed=seed,
+        config_digest=folder.digest,
+        second_similarity=second_opinion,
+    )
+    record = measured.record()
     if wrong := misfit(record):
         outcome = Outcome(
             status=Status.FAILED,
@@ -57,7 +114,7 @@ def write_record(
             evaluations=outcome.evaluations,
             seconds=outcome.seconds,
         )
-        record = _record(folder, entry, outcome, loaded, seed, second_opinion)
+        record = replace(measured, outcome=outcome).record()
     place = folder.record_folder(entry.image_id)
     place.mkdir(parents=True, exist_ok=True)
     arrays = {
@@ -100,53 +157,13 @@ def why_nothing_is_measured(folder: RunFolder, entries: Sequence[ImageEntry]) ->
     return f"{line}. The same command with retry_failed=true measures again the images that FAILED"
 
 
-def _record(
-    folder: RunFolder,
-    entry: ImageEntry,
-    outcome: Outcome,
-    loaded: LoadedImage | None,
-    seed: int,
-    second_opinion: float | None,
-) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "image_id": entry.image_id,
-        "path": entry.path,
-        "sha256": loaded.sha256 if loaded else None,
-        "caption": entry.caption,
-        "split": entry.split,
-        "copies": entry.copies,
-        "status": outcome.status.value,
-        "score": _finite(outcome.score),
-        "score_nats": _finite(outcome.score_nats),
-        "replication_rate": _finite(outcome.replication_rate),
-        "best_similarity": _finite(outcome.best_similarity),
-        "second_similarity": _finite(second_opinion),
-        "num_samples": 0 if outcome.samples is None else len(outcome.samples),
-        "steps": outcome.steps,
-        "evaluations_forward": outcome.evaluations.forward,
-        "evaluations_backward": outcome.evaluations.backward,
-        "evaluations_sampler": outcome.evaluations.sampler,
-        "seconds": outcome.seconds.total,
-        "seconds_network": outcome.seconds.network,
-        "seconds_sampler": outcome.seconds.sampler,
-        "seconds_similarity": outcome.seconds.similarity,
-        "seconds_measurement": outcome.seconds.measurement,
-        "seconds_preparation": outcome.seconds.preparation,
-        "error": outcome.error,
-        "seed": seed,
-        "config_digest": folder.digest,
-        "columns": dict(outcome.columns),
-    }
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
 def _png(pixels: Tensor) -> bytes:
     """(3, H, W) in [-1, 1] -> a PNG file."""
     array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
     buffer = io.BytesIO()
     Image.fromarray(array.cpu().numpy()).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
