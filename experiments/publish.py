@@ -11,13 +11,14 @@ from pathlib import Path
 from invmm.config.compose import compose_job
 from invmm.config.schema import build
 from invmm.exits import Exit
+from invmm.faults import Fault
 from invmm.runtime.loggers import RunLog, WandbLog
 
 
 def main() -> None:
     """Any other logger shows the runs alone."""
     study, *overrides = sys.argv[1:]
-    faults: list[str] = []
+    faults: list[Fault] = []
     config = compose_job("measure", overrides, faults)
     log = build(RunLog, config["logger"], "logger", faults) if config else None
     if faults:

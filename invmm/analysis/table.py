@@ -218,7 +218,7 @@ def accounting(processes: Sequence[Mapping[str, Any]], frame: pd.DataFrame) -> s
     if not seconds:
         return lines[0]
     spent = {
-        kind: sum(process["by_kind"].get(kind, 0) for process in processes) / seconds
+        str(kind): sum(process["by_kind"].get(kind, 0) for process in processes) / seconds
         for kind in Spent
     }
     spent["writing"] = sum(process["consumer"] for process in processes) / seconds

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from invmm.diffusion.schedule import NoiseSchedule
 from invmm.engine.outcomes import CostRange, Evaluations, NonFiniteError, Outcome, Status
+from invmm.faults import Refusal
 
 
 def check_timesteps(key: str, timesteps: Sequence[int], schedule: NoiseSchedule) -> None:
@@ -29,9 +30,10 @@ def check_timesteps(key: str, timesteps: Sequence[int], schedule: NoiseSchedule)
     """
     total = schedule.num_train_timesteps
     if max(timesteps) >= total:
-        raise ValueError(
+        raise Refusal(
             f"{key} reaches timestep {max(timesteps)} of a model with {total}, counted from 0; "
-            f"use at most {total - 1}"
+            f"use at most {total - 1}",
+            key,
         )
 
 

@@ -20,6 +20,7 @@ from invmm.engine.criterion import ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Outcome
 from invmm.engine.protocols import Setting, Target, Use, refuse_searched_prompt
 from invmm.engine.requests import Denoise
+from invmm.faults import Refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,11 @@ class SecMI:
     def __post_init__(self) -> None:
         if self.timestep % self.step:
             nearest = max(1, round(self.timestep / self.step)) * self.step
-            raise ValueError(
+            raise Refusal(
                 f"measurement.timestep={self.timestep} is not reached in steps of "
-                f"measurement.step={self.step}; use measurement.timestep={nearest}"
+                f"measurement.step={self.step}; use measurement.timestep={nearest}",
+                "measurement.timestep",
+                "measurement.step",
             )
 
     def check(self, use: Use) -> None:

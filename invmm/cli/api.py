@@ -12,6 +12,7 @@ from invmm.config.recipes import check_machine, check_measure
 from invmm.config.schema import build
 from invmm.data.folder import ImageFolder
 from invmm.data.memory import MemoryImages
+from invmm.faults import Fault
 from invmm.models.auto import AutoModel
 from invmm.models.borrowed import BorrowedModel
 
@@ -78,7 +79,7 @@ def measure(
         )
     dataset = None if is_folder else MemoryImages.of(images, prompts)
     _refuse_taken(overrides, is_folder=is_folder)
-    faults: list[str] = []
+    faults: list[Fault] = []
     folder_options = ["dataset=folder", "dataset.path=memory"] if is_folder else []
     plain = compose_job("measure", ["model.path=memory", *folder_options, *overrides], faults)
     run = None
@@ -125,7 +126,7 @@ def _refuse_taken(overrides: Sequence[str], *, is_folder: bool) -> None:
             )
 
 
-def _take_device(plain: dict[str, Any], device: Any, faults: list[str]) -> None:
+def _take_device(plain: dict[str, Any], device: Any, faults: list[Fault]) -> None:
     """Sets the device of the pipeline; another one that the overrides name is a fault."""
     accelerator = "cpu" if device.type == "cpu" else "gpu"
     trainer = plain.get("trainer")
@@ -133,9 +134,10 @@ def _take_device(plain: dict[str, Any], device: Any, faults: list[str]) -> None:
         return  # a fault of its own
     named = trainer.get("accelerator")
     if named in ("cpu", "gpu", "cuda", "mps") and named not in (accelerator, device.type):
-        faults.append(
+        line = (
             f"trainer.accelerator={named} is not where the pipeline is, on {device}; move the "
             "pipeline with pipeline.to(DEVICE)"
         )
+        faults.append(Fault(line, "trainer.accelerator"))
     elif named in ("auto", "gpu", "cuda", "mps"):
         plain["trainer"] = {**trainer, "accelerator": accelerator}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from invmm import __version__
 from invmm.cli.entry import guarded, run_command
 from invmm.exits import HELP, Exit, worst
+from invmm.faults import Fault, Kind
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -41,10 +42,10 @@ class Command:
     config_name: str
     groups: tuple[str, ...]
     help: str
-    check: Callable[[Mapping[str, Any], list[str]], Any]
+    check: Callable[[Mapping[str, Any], list[Fault]], Any]
     dry_run: Callable[[Any, Mapping[str, Any]], str]
     execute: Callable[[Any, Path], int]
-    check_machine: Callable[[Mapping[str, Any], list[str]], None] = lambda config, faults: None
+    check_machine: Callable[[Mapping[str, Any], list[Fault]], None] = lambda config, faults: None
 
     def main(self) -> None:
         """Entry point of the console script."""
@@ -84,12 +85,14 @@ class Command:
         from invmm.config.recipes import forget_built
 
         forget_built()
-        by_fault: dict[str, list[str]] = {}
-        general: list[str] = []
+        by_fault: dict[Fault, list[str]] = {}
+        general: list[Fault] = []
         unreadable: list[str] = []
         checked = []
         for job in jobs(overrides, multirun=multirun, faults=general, left_out=unreadable):
-            faults, of_config, left_out = [], [], [*unreadable]
+            faults: list[Fault] = []
+            of_config: list[Fault] = []
+            left_out = [*unreadable]
             config = composed_job(self.config_name, job, faults, left_out)
             run = self.check(config.plain, of_config) if config.plain else None
             if config.plain and not config.plain["dry_run"]:
@@ -151,7 +154,7 @@ class Command:
 
     def work(self, config: Mapping[str, Any], folder: Path) -> int:
         """Executes one job of a sweep and returns its exit code."""
-        faults: list[str] = []
+        faults: list[Fault] = []
         self.check_machine(config, faults)
         run = self.check(config, faults)
         if faults:  # a launcher may have taken the job to a machine with other devices or files
@@ -175,14 +178,16 @@ class Command:
         return "\n".join(lines)
 
 
-def _without_consequences(faults: Sequence[str], left_out: Sequence[str]) -> list[str]:
+def _without_consequences(faults: Sequence[Fault], left_out: Sequence[str]) -> list[Fault]:
     """Faults of a config, less those that only say that a key or group was left out of it."""
-    begin = tuple(f"{key}{sign}" for key in left_out for sign in (".", " ", "="))
-    follow = (" is missing; ", " is not a key")
+
+    def is_left_out(key: str) -> bool:
+        return any(key == whole or key.startswith(f"{whole}.") for whole in left_out)
+
     return [
         fault
         for fault in faults
-        if not (fault.startswith(begin) and any(words in fault for words in follow))
+        if fault.kind is Kind.VALUE or not any(map(is_left_out, fault.keys))
     ]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from invmm.data.memory import MemoryImages
+from invmm.faults import Fault
 from invmm.files import file_sha256
 from invmm.runtime.run import MeasureRun
 
@@ -85,7 +86,7 @@ def rebuilt(run_dir: Path, manifest: Mapping[str, Any], own: Own) -> MeasureRun:
         },
         "shard": None,
     }
-    faults: list[str] = []
+    faults: list[Fault] = []
     run = check_measure(given, faults)
     if run is None:
         raise ValueError(f"{run_dir} cannot be verified here: {'; '.join(faults)}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from invmm.cli.command import Command
 
 if TYPE_CHECKING:
+    from invmm.faults import Fault
     from invmm.runtime.run import MeasureRun
 
 HELP = """
@@ -25,13 +26,13 @@ Examples:
 """
 
 
-def _check(config: Mapping[str, Any], faults: list[str]) -> MeasureRun | None:
+def _check(config: Mapping[str, Any], faults: list[Fault]) -> MeasureRun | None:
     from invmm.config.recipes import check_measure
 
     return check_measure(config, faults)
 
 
-def _check_machine(config: Mapping[str, Any], faults: list[str]) -> None:
+def _check_machine(config: Mapping[str, Any], faults: list[Fault]) -> None:
     from invmm.config.recipes import check_machine
 
     check_machine(config, faults)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from invmm.config.recipes import ThresholdConfig
+    from invmm.faults import Fault
 
 HELP = """
 invmm-threshold compares every image of a data set with every other. All are different, since of
@@ -30,7 +31,7 @@ Examples:
 """
 
 
-def _check(config: Mapping[str, Any], faults: list[str]) -> ThresholdConfig | None:
+def _check(config: Mapping[str, Any], faults: list[Fault]) -> ThresholdConfig | None:
     from invmm.config.recipes import check_threshold
 
     return check_threshold(config, faults)

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from invmm.config.lists import contents, with_lists
 from invmm.config.overrides import OverrideReader, first_line, key_of
 from invmm.config.precedence import options_win
+from invmm.faults import Fault
 
 CONF = "invmm.conf"
 
@@ -63,7 +64,7 @@ def jobs(
     overrides: Sequence[str],
     *,
     multirun: bool,
-    faults: list[str],
+    faults: list[Fault],
     left_out: list[str] | None = None,
 ) -> list[list[str]]:
     """The overrides of each job of a sweep, or of the one job.
@@ -83,7 +84,7 @@ def jobs(
         for text in overrides:
             values, fault = reader.read(text)
             if fault:
-                faults.append(fault)
+                faults.append(Fault(fault, key_of(text)))
             if values:
                 split.append(values)
             elif left_out is not None:
@@ -91,7 +92,7 @@ def jobs(
     return [list(job) for job in itertools.product(*split)]
 
 
-def compose_job(config_name: str, overrides: Sequence[str], faults: list[str]) -> dict[str, Any]:
+def compose_job(config_name: str, overrides: Sequence[str], faults: list[Fault]) -> dict[str, Any]:
     """The plain config of a job, see `composed_job`."""
     return composed_job(config_name, overrides, faults).plain
 
@@ -99,7 +100,7 @@ def compose_job(config_name: str, overrides: Sequence[str], faults: list[str]) -
 def composed_job(
     config_name: str,
     overrides: Sequence[str],
-    faults: list[str],
+    faults: list[Fault],
     left_out: list[str] | None = None,
 ) -> Composed:
     """Composes the config of a job.
@@ -126,9 +127,9 @@ def composed_job(
     except OmegaConfBaseException as error:
         cure = f"; give {error.full_key}=VALUE" if error.full_key else ""
         key = error.full_key or "the config"
-        faults.append(f"{key} does not resolve: {first_line(error)}{cure}")
+        faults.append(Fault(f"{key} does not resolve: {first_line(error)}{cure}", key))
     except HydraException as error:
-        faults.append(_with_package(first_line(error)))
+        faults.append(Fault(_with_package(first_line(error))))
     return Composed({}, None)
 
 
@@ -138,7 +139,7 @@ def permissive(overrides: Sequence[str]) -> list[str]:
     return [_permissive(override, known) for override in overrides]
 
 
-def plain(config: DictConfig, faults: list[str] | None = None) -> dict[str, Any]:
+def plain(config: DictConfig, faults: list[Fault] | None = None) -> dict[str, Any]:
     """A composed config as plain containers, without Hydra's own node.
 
     Args:
@@ -169,15 +170,16 @@ def is_launched(overrides: Sequence[str]) -> bool:
     )
 
 
-def launcher_faults(overrides: Sequence[str]) -> list[str]:
+def launcher_faults(overrides: Sequence[str]) -> list[Fault]:
     """Why a job cannot be launched from this machine."""
     given = {key_of(override): override.partition("=")[2] for override in overrides}
     launcher = given.get("hydra/launcher")
     if launcher in ("slurm", "submitit_slurm") and shutil.which("srun") is None:
-        return [
+        line = (
             f"hydra/launcher={launcher} needs srun, which is not here; start the sweep where SLURM "
             "is, such as on a login node of the cluster, or plan it with dry_run=true"
-        ]
+        )
+        return [Fault(line, "hydra/launcher")]
     return []
 
 
@@ -206,7 +208,7 @@ def _options_win(config: DictConfig, config_name: str, overrides: Sequence[str])
     return options_win(config, config_name, overrides, conf=CONF, groups=groups())
 
 
-def _group_fault(override: str, known: Mapping[str, list[str]]) -> str | None:
+def _group_fault(override: str, known: Mapping[str, list[str]]) -> Fault | None:
     """The fault of an override whose group does not have the named option; None if it has."""
     name, _, option = override.lstrip("+").partition("=")
     options = known.get(key_of(override))
@@ -214,7 +216,7 @@ def _group_fault(override: str, known: Mapping[str, list[str]]) -> str | None:
         return None
     near = difflib.get_close_matches(option, options, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? There are" if near else "there are"
-    return f"{name}={option} is not an option; {hint} {', '.join(options)}"
+    return Fault(f"{name}={option} is not an option; {hint} {', '.join(options)}", name)
 
 
 def _permissive(override: str, known: Mapping[str, list[str]]) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from invmm.faults import Fault, fault_of
+
 _IS_NUMERIC = {"ids": False, "rows": True}
 """Keys of the node `dataset` that may name a file -> whether the entries are numbers."""
 _MAX_SHOWN = 20
@@ -27,7 +29,7 @@ def contents() -> dict[str, list[Any]]:
     return _contents
 
 
-def with_lists(config: Mapping[str, Any], faults: list[str] | None = None) -> dict[str, Any]:
+def with_lists(config: Mapping[str, Any], faults: list[Fault] | None = None) -> dict[str, Any]:
     """A config in which each KEY=@FILE is replaced by the list in the file.
 
     Args:
@@ -52,7 +54,7 @@ def with_lists(config: Mapping[str, Any], faults: list[str] | None = None) -> di
         except ValueError as error:
             if faults is None:
                 raise
-            faults.append(str(error))
+            faults.append(fault_of(error))
         lists[key] = _contents.get(named)
     return {**config, "dataset": {**dataset, **lists}} if lists else dict(config)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +16,7 @@ from invmm.diffusion.guidance import is_guided
 from invmm.diffusion.sampling import Sampler
 from invmm.engine.protocols import Measurement, Use
 from invmm.engine.settings import EngineSettings
+from invmm.faults import Fault, fault_of
 from invmm.files import json_digest
 from invmm.identity import Run, digest_of
 from invmm.models.adapter import ModelInfo, ModelRecipe
@@ -39,7 +39,7 @@ class ThresholdConfig:
 
 _RUNS: dict[str, type[Run]] = {"measure": MeasureRun, "train": TrainRun}
 """Name of a primary config -> the run that it describes."""
-_built: dict[str, tuple[Run | None, list[str]]] = {}
+_built: dict[str, tuple[Run | None, list[Fault]]] = {}
 
 
 def forget_built() -> None:
@@ -47,7 +47,7 @@ def forget_built() -> None:
     _built.clear()
 
 
-def built(config_name: str, config: Mapping[str, Any], faults: list[str]) -> Any:
+def built(config_name: str, config: Mapping[str, Any], faults: list[Fault]) -> Any:
     """The run that a config describes, built once in a process; None if a part has faults.
 
     Args:
@@ -60,14 +60,14 @@ def built(config_name: str, config: Mapping[str, Any], faults: list[str]) -> Any
     except TypeError:  # objects of whoever calls from Python
         return _build(config_name, config, faults)
     if key not in _built:
-        found: list[str] = []
+        found: list[Fault] = []
         _built[key] = _build(config_name, config, found), found
     run, found = _built[key]
     faults += found
     return run
 
 
-def _build(config_name: str, config: Mapping[str, Any], faults: list[str]) -> Run | None:
+def _build(config_name: str, config: Mapping[str, Any], faults: list[Fault]) -> Run | None:
     given = _with_inversion(config, faults) if config_name == "measure" else config
     run = build(_RUNS[config_name], given, "", faults)
     return None if faults else run
@@ -79,17 +79,17 @@ def run_digest(config_name: str, config: Mapping[str, Any]) -> str:
     return digest_of(config) if run is None else run.digest
 
 
-def check_measure(config: Mapping[str, Any], faults: list[str]) -> MeasureRun | None:
+def check_measure(config: Mapping[str, Any], faults: list[Fault]) -> MeasureRun | None:
     """Builds a run of `invmm` and lists every fault within and between its parts."""
     run: MeasureRun | None = built("measure", config, faults)
     # A faulty key is left at its default below, and what is wrong with that is nobody's fault.
-    faulty, listed = {fault.partition("=")[0] for fault in faults}, len(faults)
+    faulty, listed = {key for fault in faults for key in fault.keys}, len(faults)
     _check_between(_Parts(run, config if run else _with_inversion(config, [])), faults)
-    faults[listed:] = [f for f in faults[listed:] if f.partition("=")[0] not in faulty]
+    faults[listed:] = [f for f in faults[listed:] if faulty.isdisjoint(f.keys[:1])]
     return None if faults else run
 
 
-def _with_inversion(config: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+def _with_inversion(config: Mapping[str, Any], faults: list[Fault]) -> dict[str, Any]:
     """A config without the group `inversion`, which `measurement=inversion` only refers to.
 
     The group is built under its own key, by which a person sets it, and stands as the measurement.
@@ -100,7 +100,8 @@ def _with_inversion(config: Mapping[str, Any], faults: list[str]) -> dict[str, A
     if isinstance(measurement, Mapping) and "_target_" not in measurement:
         # Keys given to what is only a reference take its place.
         faults += [
-            f"measurement.{name} is read only; give inversion.{name}" for name in measurement
+            Fault(f"measurement.{name} is read only; give inversion.{name}", f"measurement.{name}")
+            for name in measurement
         ]
         refers = True
     if inversion is not None:
@@ -110,7 +111,7 @@ def _with_inversion(config: Mapping[str, Any], faults: list[str]) -> dict[str, A
     return given
 
 
-def check_train(config: Mapping[str, Any], faults: list[str]) -> TrainRun | None:
+def check_train(config: Mapping[str, Any], faults: list[Fault]) -> TrainRun | None:
     """Builds a run of `invmm-train` and lists every fault within and between its parts."""
     run: TrainRun | None = built("train", config, faults)
     model, dataset = config.get("model") or {}, config.get("dataset") or {}
@@ -120,13 +121,13 @@ def check_train(config: Mapping[str, Any], faults: list[str]) -> TrainRun | None
     return None if faults else run
 
 
-def check_threshold(config: Mapping[str, Any], faults: list[str]) -> ThresholdConfig | None:
+def check_threshold(config: Mapping[str, Any], faults: list[Fault]) -> ThresholdConfig | None:
     """Builds the settings of `invmm-threshold` and lists every fault."""
     settings = build(ThresholdConfig, config, "", faults)
     return None if faults else settings
 
 
-def check_machine(config: Mapping[str, Any], faults: list[str]) -> None:
+def check_machine(config: Mapping[str, Any], faults: list[Fault]) -> None:
     """Appends a fault if this machine does not have the devices of the config.
 
     A dry run plans for another machine and skips this check.
@@ -154,7 +155,7 @@ class _Parts:
         return _readable(expected, self.config.get(name))
 
 
-def _check_between(part: _Parts, faults: list[str]) -> None:
+def _check_between(part: _Parts, faults: list[Fault]) -> None:
     """Faults between the parts of a run, as far as they can be read."""
     config = part.config
     sampler: Sampler | None = part("sampler", Sampler)
@@ -169,16 +170,18 @@ def _check_between(part: _Parts, faults: list[str]) -> None:
     prompt: Prompt | None = part("prompt", Prompt)
     if prompt is not None and prompt.kind not in info.prompts:
         cure = " or ".join(f"prompt={option}" for option in info.prompts)
-        faults.append(f"prompt={prompt.kind} has no meaning for a {info.family} model; use {cure}")
+        line = f"prompt={prompt.kind} has no meaning for a {info.family} model; use {cure}"
+        faults.append(Fault(line, "prompt"))
     measurement: Measurement | None = part("measurement", Measurement)
     if sampler is not None:
         _collect(lambda: sampler.check_steps(info.num_train_timesteps), faults)
         scales = list(sampler.guidance_scales)
         if (kind := _unguided(info)) and any(map(is_guided, scales)):
-            faults.append(
+            line = (
                 f"sampler.guidance_scales={scales} has no meaning for {kind}; use "
                 "sampler.guidance_scales=[1]"
             )
+            faults.append(Fault(line, "sampler.guidance_scales"))
         _collect(lambda: sampler.check_kind(info.prediction_type), faults)
     replication: Replication | None = part("replication", Replication)
     schedule = lru_cache(model.schedule)
@@ -216,24 +219,24 @@ class _CanBeTriedOut(Protocol):
     def try_out(self) -> None: ...
 
 
-def _check_shard(part: _Parts, faults: list[str]) -> None:
+def _check_shard(part: _Parts, faults: list[Fault]) -> None:
     shard = part.config.get("shard")
     if not isinstance(shard, str):
         return
     _collect(lambda: Shard.parse(shard), faults)
     engine: EngineSettings | None = part("engine", EngineSettings)
     if engine is not None and engine.open:
-        faults.append(
+        line = (
             f"engine.{engine.open[0]}=auto may be measured differently on each machine, and "
             f"shard={shard} is to give the records of one run; give a number of rows"
         )
+        faults.append(Fault(line, f"engine.{engine.open[0]}", "shard"))
 
 
-def _check_size(dataset_size: Any, model_size: Any, faults: list[str]) -> None:
+def _check_size(dataset_size: Any, model_size: Any, faults: list[Fault]) -> None:
     if isinstance(dataset_size, int) and isinstance(model_size, int) and dataset_size != model_size:
-        faults.append(
-            f"dataset.size={dataset_size} is not the model's {model_size}; use dataset.size=null"
-        )
+        line = f"dataset.size={dataset_size} is not the model's {model_size}; use dataset.size=null"
+        faults.append(Fault(line, "dataset.size"))
 
 
 def _readable(expected: Any, node: Any) -> Any:
@@ -243,17 +246,17 @@ def _readable(expected: Any, node: Any) -> Any:
     node = node.node if isinstance(node, Faulty) else node
     if not isinstance(node, Mapping):
         return None
-    faults: list[str] = []
+    faults: list[Fault] = []
     built = build(expected, node, "", faults)
     if built is None:
-        faulty = {re.split(r"[=. ]", fault)[0] for fault in faults}
+        faulty = {key.partition(".")[0] for fault in faults for key in fault.keys[:1]}
         built = build(expected, {k: v for k, v in node.items() if k not in faulty}, "", [])
     return built
 
 
-def _collect(action: Callable[[], Any], faults: list[str]) -> Any:
+def _collect(action: Callable[[], Any], faults: list[Fault]) -> Any:
     try:
         return action()
     except ValueError as error:
-        faults.append(str(error))
+        faults.append(fault_of(error))
         return None

@@ -17,6 +17,8 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import get_protocol_members
 
+from invmm.faults import Fault, Kind, fault_of, shown
+
 ROOMS = (
     "diffusion",
     "engine",
@@ -46,7 +48,7 @@ class Faulty:
     node: Any
 
 
-def build(expected: type, config: Any, key: str, faults: list[str]) -> Any:
+def build(expected: type, config: Any, key: str, faults: list[Fault]) -> Any:
     """Builds the object that a node describes.
 
     Args:
@@ -65,10 +67,11 @@ def build(expected: type, config: Any, key: str, faults: list[str]) -> Any:
         return None
 
 
-def _build(expected: type, config: Any, key: str, faults: list[str]) -> Any:
+def _build(expected: type, config: Any, key: str, faults: list[Fault]) -> Any:
     if not isinstance(config, Mapping):
         cure = f"{key}.KEY=VALUE" if dataclasses.is_dataclass(expected) else f"{key}._target_=CLASS"
-        faults.append(f"{key}={_shown(config)} is not a group of settings; give {cure}")
+        line = f"{key}={shown(config)} is not a group of settings; give {cure}"
+        faults.append(Fault(line, key))
         raise NotBuilt
     node_class: Any
     if "_target_" in config:
@@ -76,7 +79,7 @@ def _build(expected: type, config: Any, key: str, faults: list[str]) -> Any:
     elif dataclasses.is_dataclass(expected):
         node_class = expected
     else:
-        faults.append(f"{key} has no _target_; choose {key}=OPTION")
+        faults.append(Fault(f"{key} has no _target_; choose {key}=OPTION", key))
         raise NotBuilt
     fields = {field.name: field for field in dataclasses.fields(node_class) if field.init}
     hints = get_type_hints(node_class, include_extras=True)
@@ -97,24 +100,26 @@ def _build(expected: type, config: Any, key: str, faults: list[str]) -> Any:
     for name, field in fields.items():
         if name not in config and _is_required(field):
             path = f"{key}.{name}".lstrip(".")
-            faults.append(f"{path} is missing; give {path}=VALUE")
+            faults.append(_missing(path))
             faulty.append(name)
     if any(_is_required(fields[name]) for name in faulty):
         raise NotBuilt
     try:
         built = node_class(**values)
     except ValueError as error:
-        if not any(f".{name}=" in str(error) for name in faulty):
-            faults.append(str(error))
+        fault = fault_of(error)
+        told = {name.rpartition(".")[2] for name in fault.keys}
+        if not faulty or (told and told.isdisjoint(faulty)):
+            faults.append(fault)
         raise NotBuilt from None
     if len(faults) > listed:
         raise NotBuilt
     return built
 
 
-def _value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
+def _value(hint: Any, value: Any, path: str, faults: list[Fault]) -> Any:
     if isinstance(value, str) and value == _MISSING:
-        faults.append(f"{path} is missing; give {path}=VALUE")
+        faults.append(_missing(path))
         raise NotBuilt
     if isinstance(value, Faulty):
         raise NotBuilt
@@ -127,39 +132,41 @@ def _value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
     try:
         return TypeAdapter(hint, config=_STRICT).validate_python(value)
     except ValidationError as error:
-        advice: dict[str, list[str]] = {}
+        advice: dict[tuple[str, str], list[str]] = {}
         for detail in error.errors():
             where = ".".join((path, *(str(part) for part in detail["loc"] if part in _keys(value))))
-            shown = _shown(detail["input"])
+            given = shown(detail["input"])
             cure = re.sub(r"^(Input|String) should", "it should", detail["msg"])
             if detail["type"] == "string_type" and isinstance(value, int | float):
-                cure += f"; in quotes it is one: '{where}=\"{shown}\"'"
-            advice.setdefault(f"{where}={shown}", []).append(cure)
+                cure += f"; in quotes it is one: '{where}=\"{given}\"'"
+            advice.setdefault((where, given), []).append(cure)
         # One value may fail each of several types that would do.
         faults += [
-            f"{where} is not possible: {', or '.join(cures)}" for where, cures in advice.items()
+            Fault(f"{where}={given} is not possible: {', or '.join(cures)}", where)
+            for (where, given), cures in advice.items()
         ]
         raise NotBuilt from None
 
 
-def _target(expected: type, name: Any, key: str, faults: list[str]) -> type[Any]:
+def _target(expected: type, name: Any, key: str, faults: list[Fault]) -> type[Any]:
     """The dataclass that a `_target_` names, if a config may name it here."""
-    where = f"{key}._target_={_shown(name)}".lstrip(".")
+    where = f"{key}._target_={shown(name)}".lstrip(".")
     if not isinstance(name, str) or not _TARGET.fullmatch(name):
-        faults.append(f"{where} is not allowed; it must be a settings class of invmm")
+        faults.append(Fault(f"{where} is not allowed; it must be a settings class of invmm", key))
         raise NotBuilt
     module, _, class_name = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), class_name)
     except (ModuleNotFoundError, AttributeError):
-        faults.append(f"{where} does not exist; choose {key}=OPTION")
+        faults.append(Fault(f"{where} does not exist; choose {key}=OPTION", key))
         raise NotBuilt from None
     is_settings_class = isinstance(found, type) and dataclasses.is_dataclass(found)
     if not is_settings_class or found.__module__ != module:
-        faults.append(f"{where} is not allowed; it must be a settings class of invmm")
+        faults.append(Fault(f"{where} is not allowed; it must be a settings class of invmm", key))
         raise NotBuilt
     if not _is_kind(found, expected):
-        faults.append(f"{where} is no {expected.__name__}; choose another {key}=OPTION")
+        line = f"{where} is no {expected.__name__}; choose another {key}=OPTION"
+        faults.append(Fault(line, key))
         raise NotBuilt
     return found
 
@@ -182,16 +189,21 @@ def _node_type(hint: Any) -> type | None:
     return None
 
 
-def _unknown(path: str, name: str, value: Any, known: Mapping[str, Any]) -> str:
+def _missing(path: str) -> Fault:
+    return Fault(f"{path} is missing; give {path}=VALUE", path, kind=Kind.MISSING)
+
+
+def _unknown(path: str, name: str, value: Any, known: Mapping[str, Any]) -> Fault:
     from invmm.config.compose import options_with
 
     group = path.rpartition(".")[0]
     if others := options_with(group, name):
         other = " or ".join(f"{group}={option}" for option in others)
-        return f"{path}={_shown(value)} is not a key of this {group}; add {other}, which has it"
+        line = f"{path}={shown(value)} is not a key of this {group}; add {other}, which has it"
+        return Fault(line, path, kind=Kind.UNKNOWN)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     cure = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-    return f"{path}={_shown(value)} is not a key; {cure}"
+    return Fault(f"{path}={shown(value)} is not a key; {cure}", path, kind=Kind.UNKNOWN)
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
@@ -203,10 +215,3 @@ def _keys(value: Any) -> Sequence[Any]:
     if isinstance(value, Mapping):
         return list(value)
     return list(range(len(value))) if isinstance(value, list) else []
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = str(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
+from invmm.faults import Refusal
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -129,7 +131,9 @@ def select(
             if image_id not in by_id:
                 near = difflib.get_close_matches(image_id, by_id, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
-                raise ValueError(f"dataset.ids names {image_id}, which is not in the set{hint}")
+                raise Refusal(
+                    f"dataset.ids names {image_id}, which is not in the set{hint}", "dataset.ids"
+                )
         return [by_id[image_id] for image_id in named]
     if take is None:
         return list(entries)
@@ -154,15 +158,25 @@ def check_selection(ids: Sequence[str] | None, take: Mapping[str, int] | None) -
         ValueError: naming the key.
     """
     if ids is not None and take is not None:
-        raise ValueError("dataset.ids and dataset.take exclude each other; give one of them")
+        raise Refusal(
+            "dataset.ids and dataset.take exclude each other; give one of them",
+            "dataset.ids",
+            "dataset.take",
+        )
     if ids is not None and not ids:
-        raise ValueError("dataset.ids=[] leaves no image; use dataset.ids=null to measure all")
+        raise Refusal(
+            "dataset.ids=[] leaves no image; use dataset.ids=null to measure all", "dataset.ids"
+        )
     for image_id, count in Counter(map(canonical, ids or ())).items():
         if count > 1:
             raise ValueError(f"dataset.ids names {image_id} {count} times; name it once")
     groups = ("duplicated", "single", "held_out")
     for group, count in (take or {}).items():
         if group not in groups:
-            raise ValueError(f"dataset.take names {group!r}; its keys are {', '.join(groups)}")
+            raise Refusal(
+                f"dataset.take names {group!r}; its keys are {', '.join(groups)}", "dataset.take"
+            )
         if count < 0:
-            raise ValueError(f"dataset.take.{group}={count} is negative; use 0 or more")
+            raise Refusal(
+                f"dataset.take.{group}={count} is negative; use 0 or more", "dataset.take"
+            )

@@ -34,6 +34,7 @@ from invmm.data.openmoji import cache_folder
 from invmm.data.parquet_files import ParquetFiles, is_data
 from invmm.data.problems import Problems
 from invmm.data.values import Tally, caption_of, is_absent, label_of
+from invmm.faults import Refusal
 from invmm.files import json_digest, write_atomically
 
 
@@ -87,13 +88,20 @@ class HubImages:
     def __post_init__(self) -> None:
         check_selection(self.ids, self.take)
         if self.first is not None and self.rows is not None:
-            raise ValueError("dataset.first and dataset.rows exclude each other; give one of them")
+            raise Refusal(
+                "dataset.first and dataset.rows exclude each other; give one of them",
+                "dataset.first",
+                "dataset.rows",
+            )
         if self.rows is not None and len(set(self.rows)) < len(self.rows):
             ((row, _),) = Counter(self.rows).most_common(1)
-            raise ValueError(f"dataset.rows names a row twice: {row}; name it once")
+            raise Refusal(f"dataset.rows names a row twice: {row}; name it once", "dataset.rows")
         if self.streaming and self.first is None and self.rows is None:
-            raise ValueError(
-                "dataset.streaming=true fetches single rows; give dataset.first or dataset.rows"
+            raise Refusal(
+                "dataset.streaming=true fetches single rows; give dataset.first or dataset.rows",
+                "dataset.streaming",
+                "dataset.first",
+                "dataset.rows",
             )
 
     def open(self, size: int) -> OpenRows | OpenFolder:

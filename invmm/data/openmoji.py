@@ -25,6 +25,7 @@ from torch import Tensor
 from invmm.data.dataset import ImageEntry, ImageError, LoadedImage, check_selection, select
 from invmm.data.duplication import planted, read_plan, shuffled
 from invmm.data.images import MIN_SIDE, decode, to_pixels
+from invmm.faults import Refusal
 from invmm.files import write_atomically
 from invmm.replication.sscd import SscdOnnx
 
@@ -67,9 +68,11 @@ class OpenMoji:
     def __post_init__(self) -> None:
         check_selection(self.ids, self.take)
         if self.copies_file is None and len(self.copies) > self.num_train:
-            raise ValueError(
+            raise Refusal(
                 f"dataset.copies={self.copies} has {len(self.copies)} numbers for "
-                f"dataset.num_train={self.num_train} icons; give at most one an icon"
+                f"dataset.num_train={self.num_train} icons; give at most one an icon",
+                "dataset.copies",
+                "dataset.num_train",
             )
 
     def open(self, size: int) -> OpenIcons:

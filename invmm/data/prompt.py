@@ -10,6 +10,7 @@ from annotated_types import Ge
 
 from invmm.data.dataset import ImageEntry, ImageError
 from invmm.engine.prompt import PromptSearch
+from invmm.faults import Refusal
 
 Kind = Literal["none", "empty", "caption", "learned", "class_label"]
 
@@ -37,19 +38,25 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if self.label is not None and self.kind != "class_label":
-            raise ValueError(
+            raise Refusal(
                 f"prompt.label={self.label} has no meaning for prompt={self.kind}; use "
-                "prompt=class_label"
+                "prompt=class_label",
+                "prompt.label",
             )
         if self.search is not None and self.kind != "learned":
-            raise ValueError(
-                f"prompt.search has no meaning for prompt={self.kind}; use prompt=learned"
+            raise Refusal(
+                f"prompt.search has no meaning for prompt={self.kind}; use prompt=learned",
+                "prompt.search",
             )
         if self.search is None and self.kind == "learned":
-            raise ValueError("prompt.search=null leaves prompt=learned nothing to do; leave it out")
+            raise Refusal(
+                "prompt.search=null leaves prompt=learned nothing to do; leave it out",
+                "prompt.search",
+            )
         if self.negative and self.kind not in ("empty", "caption", "learned"):
-            raise ValueError(
-                f"prompt.negative has no meaning for prompt={self.kind}; use prompt=caption"
+            raise Refusal(
+                f"prompt.negative has no meaning for prompt={self.kind}; use prompt=caption",
+                "prompt.negative",
             )
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor
 from invmm.diffusion.guidance import is_guided
 from invmm.diffusion.schedule import NoiseSchedule
 from invmm.diffusion.schedulers import SCHEDULERS, Scheduler, SchedulerName, Spacing
+from invmm.faults import Refusal
 
 _SMALLEST_FIRST_ALPHA, _LARGEST_FIRST_ALPHA = 1e-5, 0.5
 _NO_SIGNAL_ALPHA = 2**-24
@@ -55,22 +56,28 @@ class Sampler:
         object.__setattr__(self, "guidance_scales", tuple(map(float, self.guidance_scales)))
         named = f"sampler.scheduler={self.scheduler}"
         if self.scheduler not in SCHEDULERS:
-            raise ValueError(f"{named} is none of {', '.join(SCHEDULERS)}")
+            raise Refusal(f"{named} is none of {', '.join(SCHEDULERS)}", "sampler.scheduler")
         if self.eta and not self.facts.takes_eta:
-            raise ValueError(
+            raise Refusal(
                 f"sampler.eta={self.eta} has no meaning for {named}; use sampler=ddim or "
-                "sampler.eta=0"
+                "sampler.eta=0",
+                "sampler.eta",
+                "sampler.scheduler",
             )
         if self.clip_sample and not self.facts.can_clip:
             able = ", ".join(name for name, facts in SCHEDULERS.items() if facts.can_clip)
-            raise ValueError(
+            raise Refusal(
                 f"sampler.clip_sample=true is not possible with {named}; use one of {able} or "
-                "sampler.clip_sample=false"
+                "sampler.clip_sample=false",
+                "sampler.clip_sample",
+                "sampler.scheduler",
             )
         if self.timestep_spacing not in self.facts.spacings:
-            raise ValueError(
+            raise Refusal(
                 f"sampler.timestep_spacing={self.timestep_spacing} has no meaning for {named}; use "
-                f"{' or '.join(self.facts.spacings)}"
+                f"{' or '.join(self.facts.spacings)}",
+                "sampler.timestep_spacing",
+                "sampler.scheduler",
             )
 
     @property
@@ -100,16 +107,18 @@ class Sampler:
         """
         steps, total = self.num_inference_steps, num_train_timesteps
         if steps > total:
-            raise ValueError(
+            raise Refusal(
                 f"sampler.num_inference_steps={steps} exceeds the model's {total} training "
-                f"timesteps; use at most {total}"
+                f"timesteps; use at most {total}",
+                "sampler.num_inference_steps",
             )
         if self.facts.must_divide and total % steps:
             divisors = [count for count in range(1, total + 1) if total % count == 0]
             near = min(divisors, key=lambda count: abs(count - steps))
-            raise ValueError(
+            raise Refusal(
                 f"sampler.num_inference_steps={steps} does not divide the model's {total} "
-                f"training timesteps, as DDIM needs; use {near}"
+                f"training timesteps, as DDIM needs; use {near}",
+                "sampler.num_inference_steps",
             )
 
     def check_kind(self, prediction_type: str) -> None:
@@ -124,9 +133,10 @@ class Sampler:
                 if self.facts.samples_flows
                 else ("flow_euler", "a rectified flow")
             )
-            raise ValueError(
+            raise Refusal(
                 f"sampler.scheduler={self.scheduler} cannot draw from a model trained on {kind}; "
-                f"use sampler={cure}"
+                f"use sampler={cure}",
+                "sampler.scheduler",
             )
 
     def check_schedule(self, schedule: NoiseSchedule) -> None:
@@ -145,10 +155,12 @@ class Sampler:
         steps, spacing = self.num_inference_steps, self.timestep_spacing
         where = f"starts at timestep {first}, where alpha-bar is {alpha:.1e}"
         if alpha > _LARGEST_FIRST_ALPHA > last_alpha:
-            raise ValueError(
+            raise Refusal(
                 f"sampler.num_inference_steps={steps} with sampler.timestep_spacing={spacing} "
                 f"{where}, but sampling begins with pure noise; use "
-                "sampler.timestep_spacing=trailing"
+                "sampler.timestep_spacing=trailing",
+                "sampler.num_inference_steps",
+                "sampler.timestep_spacing",
             )
         if schedule.prediction_type != "epsilon" or alpha >= _SMALLEST_FIRST_ALPHA:
             return
@@ -156,9 +168,11 @@ class Sampler:
         if spacing == "leading":
             key = f"num_inference_steps={steps}"
             cure = f"sampler.num_inference_steps={max(steps // 2, 1)} or less"
-        raise ValueError(
+        raise Refusal(
             f"sampler.{key} {where}, and dividing by its square root makes errors explode; "
-            f"use {cure}"
+            f"use {cure}",
+            "sampler.timestep_spacing",
+            "sampler.num_inference_steps",
         )
 
     def build(self, schedule: NoiseSchedule) -> Any:

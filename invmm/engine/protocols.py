@@ -16,6 +16,7 @@ from invmm.engine.criterion import Passing, ReplicationCriterion
 from invmm.engine.finiteness import Stage, check_finite
 from invmm.engine.outcomes import CostRange, Outcome
 from invmm.engine.prompt import PromptTokens
+from invmm.faults import Refusal
 
 
 @runtime_checkable
@@ -204,7 +205,8 @@ def refuse_searched_prompt(measurement: Measurement, use: Use) -> None:
         ValueError: the prompt is to be searched.
     """
     if use.searches_prompt:
-        raise ValueError(
+        raise Refusal(
             f"prompt=learned cannot be searched by a {type(measurement).__name__}; use "
-            "measurement=inversion with inversion=paper_sd, or prompt=caption"
+            "measurement=inversion with inversion=paper_sd, or prompt=caption",
+            "prompt",
         )

@@ -18,6 +18,7 @@ from invmm.engine.criterion import Passing, ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Evaluations, NonFiniteError, Outcome
 from invmm.engine.protocols import Setting, Target, Use
 from invmm.engine.requests import Minimise
+from invmm.faults import Refusal
 from invmm.inversion.confirmation import CONFIDENCE, Confirmation, confirm
 from invmm.inversion.controllers import KLWeightController
 from invmm.inversion.noise import GaussianNoise
@@ -52,9 +53,11 @@ class Inversion:
 
     def __post_init__(self) -> None:
         if self.num_steps < self.check_every:
-            raise ValueError(
+            raise Refusal(
                 f"inversion.num_steps={self.num_steps} never reaches a replication check; use at "
-                f"least inversion.check_every={self.check_every}"
+                f"least inversion.check_every={self.check_every}",
+                "inversion.num_steps",
+                "inversion.check_every",
             )
 
     def check(self, use: Use) -> None:

@@ -18,6 +18,7 @@ from invmm.diffusion.sampling import Sampler
 from invmm.engine.criterion import ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Outcome, Status
 from invmm.engine.protocols import Setting, Target, Use, refuse_searched_prompt
+from invmm.faults import Refusal
 from invmm.files import record_key
 from invmm.inversion.confirmation import Confirmation, confirm
 from invmm.inversion.saved import check_picture, saved_noise, saved_tensors
@@ -62,8 +63,9 @@ class Replay:
             if measurement.get("_target_") not in _SEARCHES:
                 raise ValueError("it holds no distributions; give a run with measurement=inversion")
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"measurement.source={self.source} cannot be replayed: {error}"
+            raise Refusal(
+                f"measurement.source={self.source} cannot be replayed: {error}",
+                "measurement.source",
             ) from error
         return manifest
 
@@ -78,9 +80,11 @@ class Replay:
         if "model_settings" in searched:
             changed += differences(searched["model_settings"], use.model.settings(), "model")
         if changed:
-            raise ValueError(
+            raise Refusal(
                 f"measurement.source={self.source} searched another model "
-                f"({'; '.join(changed)}); give the model.path of that run, or a run of this model"
+                f"({'; '.join(changed)}); give the model.path of that run, or a run of this model",
+                "measurement.source",
+                "model.path",
             )
 
     async def __call__(self, target: Target, setting: Setting, rng: torch.Generator) -> Outcome:

@@ -27,6 +27,7 @@ from invmm.engine.criterion import Passing, ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Evaluations, NonFiniteError, Outcome
 from invmm.engine.protocols import Setting, Target, Use, refuse_searched_prompt
 from invmm.engine.requests import Minimise, Sample
+from invmm.faults import Refusal
 from invmm.inversion.confirmation import Basis, Confirmation, confirm, in_pixels
 from invmm.inversion.frequency import low_frequencies
 from invmm.inversion.noise import GaussianNoise
@@ -114,14 +115,18 @@ class Trajectory:
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
         if self.num_steps < self.check_every:
-            raise ValueError(
+            raise Refusal(
                 f"inversion.num_steps={self.num_steps} never reaches a replication check; use at "
-                f"least inversion.check_every={self.check_every}"
+                f"least inversion.check_every={self.check_every}",
+                "inversion.num_steps",
+                "inversion.check_every",
             )
         if self.basis == "pixel" and self.bandwidth != _ALL_FREQUENCIES:
-            raise ValueError(
+            raise Refusal(
                 f"inversion.bandwidth={self.bandwidth} has no meaning for inversion.basis=pixel; "
-                f"use inversion.bandwidth={_ALL_FREQUENCIES:g} or inversion.basis=dct"
+                f"use inversion.bandwidth={_ALL_FREQUENCIES:g} or inversion.basis=dct",
+                "inversion.bandwidth",
+                "inversion.basis",
             )
 
     async def __call__(self, target: Target, setting: Setting, rng: torch.Generator) -> Outcome:
@@ -185,8 +190,9 @@ class Trajectory:
             ValueError: naming the key, the value and the cure.
         """
         if criterion.num_confirm == 0:
-            raise ValueError(
-                "replication.num_confirm=0 leaves inversion=trajectory nothing to confirm; use 64"
+            raise Refusal(
+                "replication.num_confirm=0 leaves inversion=trajectory nothing to confirm; use 64",
+                "replication.num_confirm",
             )
 
     def short_sampler(self, setting: Setting) -> Sampler:
@@ -205,9 +211,10 @@ class Trajectory:
         """
         total, steps, is_flow = schedule.num_train_timesteps, self.sampler_steps, schedule.is_flow
         if steps > total or (not is_flow and total % steps):
-            raise ValueError(
+            raise Refusal(
                 f"inversion.sampler_steps={steps} does not divide the model's {total} training "
-                "timesteps; use a divisor of them"
+                "timesteps; use a divisor of them",
+                "inversion.sampler_steps",
             )
         scheduler = "flow_euler" if is_flow else "ddim"
         short = replace(sampler, scheduler=scheduler, num_inference_steps=steps, eta=0.0)

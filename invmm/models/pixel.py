@@ -15,6 +15,7 @@ from torch import Tensor
 from invmm.diffusion.schedule import NoiseSchedule, read_scheduler, schedule_of
 from invmm.diffusion.scheduler_config import TRAINED_KEYS, check_config
 from invmm.engine.requests import Condition
+from invmm.faults import Refusal
 from invmm.models.adapter import ModelInfo
 from invmm.models.codec import clamped
 from invmm.models.components import EXPECTED, Parts
@@ -62,9 +63,10 @@ class PixelUNet:
 
     def __post_init__(self) -> None:
         if unknown := sorted({*(self.noise_schedule or ())} - {*TRAINED_KEYS}):
-            raise ValueError(
+            raise Refusal(
                 f"model.noise_schedule has no key {', '.join(unknown)}; its keys are "
-                f"{', '.join(TRAINED_KEYS)}"
+                f"{', '.join(TRAINED_KEYS)}",
+                "model.noise_schedule",
             )
 
     def describe(self) -> ModelInfo:

@@ -18,6 +18,7 @@ from invmm.engine.criterion import ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Evaluations, Outcome
 from invmm.engine.protocols import Measurement, Setting, Target, Use, refuse_searched_prompt
 from invmm.engine.requests import Embed, Embedding, Sample
+from invmm.faults import Refusal
 from invmm.probability.population import Draws
 
 NUM_SHOWN = 8
@@ -212,9 +213,10 @@ def only_guidance_scale(sampler: Sampler) -> float:
     """
     if len(sampler.guidance_scales) > 1:
         scales = ", ".join(f"{scale:g}" for scale in sampler.guidance_scales)
-        raise ValueError(
+        raise Refusal(
             f"sampler.guidance_scales=[{scales}] leaves open which probability is meant; use one, "
-            f"as sampler.guidance_scales=[{sampler.guidance_scales[0]:g}]"
+            f"as sampler.guidance_scales=[{sampler.guidance_scales[0]:g}]",
+            "sampler.guidance_scales",
         )
     return sampler.guidance_scales[0]
 
@@ -227,8 +229,10 @@ def check_bank_use(measurement: Measurement, use: Use) -> None:
     """
     refuse_searched_prompt(measurement, use)
     if use.repeats != 1:
-        raise ValueError(
+        raise Refusal(
             f"repeats={use.repeats} has no meaning for a {type(measurement).__name__}, whose "
-            "interval holds the chance of its draws; give repeats=1, and other seeds for more draws"
+            "interval holds the chance of its draws; give repeats=1, and other seeds for more "
+            "draws",
+            "repeats",
         )
     only_guidance_scale(use.sampler)

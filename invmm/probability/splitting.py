@@ -23,6 +23,7 @@ from invmm.diffusion.sampling import Sampler
 from invmm.engine.criterion import ReplicationCriterion
 from invmm.engine.outcomes import CostRange, Outcome, Status
 from invmm.engine.protocols import Setting, Target, Use
+from invmm.faults import Refusal
 from invmm.probability.bank import (
     NUM_SHOWN,
     Bank,
@@ -102,24 +103,34 @@ class Splitting:
 
     def __post_init__(self) -> None:
         if self._num_kept < 1:
-            raise ValueError(
+            raise Refusal(
                 f"measurement.level_probability={self.level_probability} keeps none of "
                 f"measurement.num_particles={self.num_particles}; use at least "
-                f"measurement.num_particles={math.ceil(1 / self.level_probability)}"
+                f"measurement.num_particles={math.ceil(1 / self.level_probability)}",
+                "measurement.level_probability",
+                "measurement.num_particles",
             )
         least = max(self.repeats * self.num_particles, self.min_count)
         for name in ("bank_size", "own_bank_size"):
             if (size := getattr(self, name)) < least:
-                raise ValueError(
+                raise Refusal(
                     f"measurement.{name}={size} is too small for measurement.repeats="
                     f"{self.repeats} of measurement.num_particles={self.num_particles} and "
-                    f"measurement.min_count={self.min_count}; use at least {least}"
+                    f"measurement.min_count={self.min_count}; use at least {least}",
+                    f"measurement.{name}",
+                    "measurement.repeats",
+                    "measurement.num_particles",
+                    "measurement.min_count",
                 )
         if self.max_samples < (least := self._round_size(self.repeats)):
-            raise ValueError(
+            raise Refusal(
                 f"measurement.max_samples={self.max_samples} is too small for one level of "
                 f"measurement.repeats={self.repeats} with measurement.moves={self.moves} of "
-                f"measurement.num_particles={self.num_particles}; use at least {least}"
+                f"measurement.num_particles={self.num_particles}; use at least {least}",
+                "measurement.max_samples",
+                "measurement.repeats",
+                "measurement.moves",
+                "measurement.num_particles",
             )
 
     def bank(self, seed: int, shape: tuple[int, ...], sampler: Sampler) -> Bank:

@@ -14,6 +14,7 @@ from invmm.diffusion.sampling import Sampler
 from invmm.engine.protocols import Measurement
 from invmm.engine.repeated import Repeated
 from invmm.engine.settings import EngineSettings
+from invmm.faults import Refusal
 from invmm.files import json_digest
 from invmm.identity import Run
 from invmm.models.adapter import ModelRecipe
@@ -44,8 +45,8 @@ class Shard:
         """
         index, _, count = text.partition("/")
         if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-            raise ValueError(
-                f"shard={text} is no part; use shard=0/4, shard=1/4, ... for four machines"
+            raise Refusal(
+                f"shard={text} is no part; use shard=0/4, shard=1/4, ... for four machines", "shard"
             )
         return cls(int(index), int(count))
 

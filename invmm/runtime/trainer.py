@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
+from invmm.faults import Refusal
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSettings:
@@ -45,14 +47,16 @@ class TrainerSettings:
         if not count:
             if self.accelerator == "auto":
                 return  # the processes share the CPU
-            raise ValueError(
+            raise Refusal(
                 f"trainer.accelerator={self.accelerator}: {why_no_gpu()}; use trainer=cpu, or "
-                "dry_run=true to plan"
+                "dry_run=true to plan",
+                "trainer.accelerator",
             )
         if self.devices > count:
-            raise ValueError(
+            raise Refusal(
                 f"trainer.devices={self.devices} is more than the GPUs here; use "
-                f"trainer.devices={count}"
+                f"trainer.devices={count}",
+                "trainer.devices",
             )
 
     @property

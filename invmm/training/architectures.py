@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 
+from invmm.faults import Refusal
+
 
 @runtime_checkable
 class TrainableModel(Protocol):
@@ -201,32 +203,42 @@ def check_network(
     """
     levels = len(block_out_channels)
     if not levels or min(block_out_channels) < 1:
-        raise ValueError(
+        raise Refusal(
             f"model.block_out_channels={block_out_channels} is no network; give the width of each "
-            "level, such as [32, 64, 64]"
+            "level, such as [32, 64, 64]",
+            "model.block_out_channels",
         )
     if any(width % norm_num_groups for width in block_out_channels):
-        raise ValueError(
+        raise Refusal(
             f"model.norm_num_groups={norm_num_groups} does not divide every one of "
-            f"model.block_out_channels={block_out_channels}; use a common divisor"
+            f"model.block_out_channels={block_out_channels}; use a common divisor",
+            "model.norm_num_groups",
+            "model.block_out_channels",
         )
     if any(not 0 <= level < levels for level in attention_levels):
-        raise ValueError(
+        raise Refusal(
             f"model.attention_levels={attention_levels} names a level that is not there; use 0 to "
-            f"{levels - 1}"
+            f"{levels - 1}",
+            "model.attention_levels",
+            "model.block_out_channels",
         )
     # The block between down and up attends at the last width.
     attending = [block_out_channels[level] for level in (*attention_levels, -1)]
     name, number = heads
     if any(width % number for width in attending):
-        raise ValueError(
+        raise Refusal(
             f"model.{name}={number} does not divide the widths with attention, "
-            f"{sorted(set(attending))}; use a common divisor"
+            f"{sorted(set(attending))}; use a common divisor",
+            f"model.{name}",
+            "model.block_out_channels",
+            "model.attention_levels",
         )
     if image_size % 2 ** (levels - 1):
-        raise ValueError(
+        raise Refusal(
             f"model.image_size={image_size} cannot be halved {levels - 1} times; use a multiple "
-            f"of {2 ** (levels - 1)} or fewer model.block_out_channels"
+            f"of {2 ** (levels - 1)} or fewer model.block_out_channels",
+            "model.image_size",
+            "model.block_out_channels",
         )
 
 
@@ -237,6 +249,8 @@ def check_noise(beta_start: float, beta_end: float) -> None:
         ValueError: naming the keys.
     """
     if beta_start > beta_end:
-        raise ValueError(
-            f"model.beta_start={beta_start} exceeds model.beta_end={beta_end}; the noise must grow"
+        raise Refusal(
+            f"model.beta_start={beta_start} exceeds model.beta_end={beta_end}; the noise must grow",
+            "model.beta_start",
+            "model.beta_end",
         )

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
 
+from invmm.faults import Refusal
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
@@ -47,10 +49,12 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         for step in self.export_steps:
             if not 1 <= step <= self.num_steps:
-                raise ValueError(
+                raise Refusal(
                     f"training.export_steps names step {step}, which a training of "
                     f"training.num_steps={self.num_steps} never reaches; use 1 to "
-                    f"{self.num_steps}"
+                    f"{self.num_steps}",
+                    "training.export_steps",
+                    "training.num_steps",
                 )
 
     def check_devices(self, devices: int) -> None:

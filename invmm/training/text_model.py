@@ -14,6 +14,7 @@ import torch
 from annotated_types import Ge, Gt, Le, MinLen
 from torch import Tensor, nn
 
+from invmm.faults import Refusal
 from invmm.training.architectures import check_network, check_noise
 from invmm.training.tokenizer import word_tokenizer
 
@@ -75,20 +76,24 @@ class TextUNet:
         check_noise(self.beta_start, self.beta_end)
         # The pipeline draws images whose sides are multiples of 8 only.
         if self.image_size % 8:
-            raise ValueError(
+            raise Refusal(
                 f"model.image_size={self.image_size} is no size of a StableDiffusionPipeline; use "
-                "a multiple of 8"
+                "a multiple of 8",
+                "model.image_size",
             )
         for template in self.caption_templates:
             if "{}" not in template:
-                raise ValueError(
+                raise Refusal(
                     f"model.caption_templates holds {template!r}, which says nothing of the image; "
-                    "put {} where its caption goes"
+                    "put {} where its caption goes",
+                    "model.caption_templates",
                 )
         if self.text_hidden_size % self.text_num_heads:
-            raise ValueError(
+            raise Refusal(
                 f"model.text_num_heads={self.text_num_heads} does not divide "
-                f"model.text_hidden_size={self.text_hidden_size}; use a divisor"
+                f"model.text_hidden_size={self.text_hidden_size}; use a divisor",
+                "model.text_num_heads",
+                "model.text_hidden_size",
             )
 
     def check_captions(self, captions: Sequence[str | None]) -> None:
