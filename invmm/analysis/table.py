@@ -125,7 +125,8 @@ def summary(frame: pd.DataFrame) -> str:
 
 def _memorization(measured: pd.DataFrame, groups: pd.Series) -> list[str]:
     """Replicated images by group, false alarms, and both rankings."""
-    found = "p estimated for" if (measured.status == Status.ESTIMATED).any() else "replicated"
+    of_probability = measured.status.isin((Status.ESTIMATED, Status.CENSORED)).any()
+    found = "p estimated for" if of_probability else "replicated"
     lines = []
     for group, share in found_shares(measured).items():
         if share.total:

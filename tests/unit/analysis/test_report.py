@@ -338,3 +338,13 @@ def test_the_report_replaces_links_and_never_writes_through_them(run_dir, tmp_pa
         assert (tmp_path / f"mine-{name}").read_bytes() == b"mine"
         assert not (run_dir / name).is_symlink()
         assert (run_dir / name).stat().st_size > 4
+
+
+def test_probabilities_that_are_all_out_of_reach_are_none_of_inversion(tmp_path):
+    with OwnedRunFolder(tmp_path / "run", config=written.CONFIG, digest=written.DIGEST) as folder:
+        for name, copies in (("a", 4), ("b", 0)):
+            outcome = written.outcome(Status.CENSORED, similarity=0.4)
+            written.write(folder, written.entry(name, copies), outcome)
+    text = report(tmp_path / "run")
+    assert "duplicated: p estimated for 0 of 1 " in text
+    assert "replicated" not in text.partition("held_out (false alarms)")[2].splitlines()[0]

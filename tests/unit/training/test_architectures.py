@@ -89,3 +89,7 @@ def test_what_cannot_be_built_is_refused(values, message):
     UNet(**fine)
     with pytest.raises(ValueError, match=message):
         UNet(**{**fine, **values})
+
+
+def test_the_narrowest_network_is_one():
+    UNet(block_out_channels=[1], attention_levels=[], norm_num_groups=1, attention_head_dim=1)

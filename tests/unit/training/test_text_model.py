@@ -97,6 +97,7 @@ def test_training_images_without_a_caption_are_refused():
         ({"attention_levels": [3]}, r"model\.attention_levels=\[3\] names a level"),
         ({"attention_levels": [-1]}, r"model\.attention_levels=\[-1\] names a level"),
         ({"image_size": 12}, r"model\.image_size=12 is no size.*multiple of 8"),
+        ({"caption_templates": ["{}", "a picture"]}, r"model\.caption_templates holds 'a picture'"),
         ({"beta_start": 0.5}, r"model\.beta_start=0\.5 exceeds model\.beta_end"),
     ],
 )
