@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invmm.config.compose import compose_job
-from invmm.config.recipes import check_machine, check_measure
+from invmm.config.runs import check_machine, check_measure
 from invmm.config.schema import build
 from invmm.data.folder import ImageFolder
 from invmm.data.memory import MemoryImages

@@ -82,7 +82,7 @@ class Command:
     ) -> list[tuple[Composed, Any]] | None:
         """(config, run) of every job; None, and all faults printed, if there are any."""
         from invmm.config.compose import composed_job, is_launched, jobs, launcher_faults
-        from invmm.config.recipes import forget_built
+        from invmm.config.runs import forget_built
 
         forget_built()
         by_fault: dict[Fault, list[str]] = {}

@@ -57,7 +57,7 @@ def rebuilt(run_dir: Path, manifest: Mapping[str, Any], own: Own) -> MeasureRun:
     Raises:
         ValueError: the config was altered, something is missing, or is not accepted.
     """
-    from invmm.config.recipes import check_measure
+    from invmm.config.runs import check_measure
     from invmm.identity import digest_of, identity_of
     from invmm.results.ownership import stored_config
 

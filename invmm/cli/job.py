@@ -19,7 +19,7 @@ from omegaconf import DictConfig, read_write
 
 from invmm.config.compose import CONF, job_config, register_resolvers
 from invmm.config.lists import contents
-from invmm.config.recipes import run_digest
+from invmm.config.runs import run_digest
 
 register_resolvers(run_digest)  # a launcher's process gets them by unpickling a job
 

@@ -27,13 +27,13 @@ Examples:
 
 
 def _check(config: Mapping[str, Any], faults: list[Fault]) -> MeasureRun | None:
-    from invmm.config.recipes import check_measure
+    from invmm.config.runs import check_measure
 
     return check_measure(config, faults)
 
 
 def _check_machine(config: Mapping[str, Any], faults: list[Fault]) -> None:
-    from invmm.config.recipes import check_machine
+    from invmm.config.runs import check_machine
 
     check_machine(config, faults)
 

@@ -12,7 +12,7 @@ from invmm.exits import Exit
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from invmm.config.recipes import ThresholdConfig
+    from invmm.config.runs import ThresholdConfig
     from invmm.faults import Fault
 
 HELP = """
@@ -32,7 +32,7 @@ Examples:
 
 
 def _check(config: Mapping[str, Any], faults: list[Fault]) -> ThresholdConfig | None:
-    from invmm.config.recipes import check_threshold
+    from invmm.config.runs import check_threshold
 
     return check_threshold(config, faults)
 

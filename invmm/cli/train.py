@@ -26,13 +26,13 @@ Examples:
 
 
 def _check(config: Mapping[str, Any], faults: list[Fault]) -> TrainRun | None:
-    from invmm.config.recipes import check_train
+    from invmm.config.runs import check_train
 
     return check_train(config, faults)
 
 
 def _check_machine(config: Mapping[str, Any], faults: list[Fault]) -> None:
-    from invmm.config.recipes import check_machine
+    from invmm.config.runs import check_machine
 
     check_machine(config, faults)
 

@@ -19,7 +19,7 @@ from test_networks import pixel_pipeline
 from tiny import QUICK
 
 from invmm.config.compose import compose_job
-from invmm.config.recipes import check_measure
+from invmm.config.runs import check_measure
 from invmm.data.memory import MemoryImages
 from invmm.engine.finiteness import Stage
 from invmm.models.borrowed import BorrowedModel

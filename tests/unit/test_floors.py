@@ -109,7 +109,7 @@ def test_no_import_climbs_and_frameworks_stay_at_home():
 def test_there_is_no_circle():
     sources = modules()
     ordered = order(sources)
-    assert ordered.index("invmm.diffusion.schedule") < ordered.index("invmm.config.recipes")
+    assert ordered.index("invmm.diffusion.schedule") < ordered.index("invmm.config.runs")
     assert len(ordered) == len(sources)
 
 

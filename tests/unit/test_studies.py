@@ -10,7 +10,7 @@ import pytest
 from studies import EXPERIMENTS, calls_of
 
 from invmm.config.compose import compose_job
-from invmm.config.recipes import run_digest
+from invmm.config.runs import run_digest
 
 ROOT = EXPERIMENTS.parent
 STUDIES = sorted(

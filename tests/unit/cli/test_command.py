@@ -10,7 +10,7 @@ import pytest
 
 from invmm.cli.command import Command
 from invmm.config.compose import compose_job
-from invmm.config.recipes import run_digest
+from invmm.config.runs import run_digest
 
 GIVEN = ("model.path=m", "dataset=folder", "dataset.path=i")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from invmm.config.compose import compose_job, groups, jobs, permissive
-from invmm.config.recipes import run_digest
+from invmm.config.runs import run_digest
 
 MODEL = "model.path=somewhere"
 

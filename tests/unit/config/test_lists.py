@@ -11,7 +11,7 @@ import pytest
 from invmm.cli.job import HydraJob
 from invmm.config import lists
 from invmm.config.compose import compose_job, jobs
-from invmm.config.recipes import run_digest
+from invmm.config.runs import run_digest
 
 GIVEN = ("model.path=m", "dataset=cifar10")
 

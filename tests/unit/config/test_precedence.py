@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from invmm.config.compose import compose_job
-from invmm.config.recipes import run_digest
+from invmm.config.runs import run_digest
 
 
 def composed(*overrides: str, config_name: str = "measure"):
