@@ -11,6 +11,7 @@ import pytest
 from invmm.cli.command import Command
 from invmm.config.compose import compose_job
 from invmm.config.runs import run_digest
+from invmm.faults import Fault
 
 GIVEN = ("model.path=m", "dataset=folder", "dataset.path=i")
 
@@ -166,8 +167,8 @@ def test_presets_and_options_are_swept_together(ran):
     assert {job.config["sampler"]["num_inference_steps"] for job in jobs} == {7}
 
 
-def no_gpu(config) -> list[str]:
-    return ["there is no GPU here"] if config["trainer"]["accelerator"] == "gpu" else []
+def no_gpu(config) -> list[Fault]:
+    return [Fault("there is no GPU here")] if config["trainer"]["accelerator"] == "gpu" else []
 
 
 def test_the_machine_is_checked_where_the_job_runs(ran, capsys):

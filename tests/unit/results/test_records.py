@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from invmm.engine.outcomes import Outcome, Status
-from invmm.results import records as module
 from invmm.results.ownership import OwnedRunFolder
 from invmm.results.records import (
     read_curves,
@@ -23,6 +22,7 @@ from invmm.results.records import (
     record_faults,
     unreadable_records,
 )
+from invmm.runtime import recording as module
 from invmm.runtime.recording import why_nothing_is_measured
 
 

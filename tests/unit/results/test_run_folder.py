@@ -21,6 +21,7 @@ from invmm.results.processes import read_processes
 HOLD = """
 import sys, time
 from pathlib import Path
+from invmm.results.ownership import OwnedRunFolder
 from invmm.results.run_folder import RunFolder
 path, what = Path(sys.argv[1]), sys.argv[2]
 if what == "run":
