@@ -64,7 +64,7 @@ class Worker:
         self.setting = Setting(
             schedule=self.network.schedule, sampler=run.sampler, criterion=run.replication
         )
-        self.measurement = run.measurement
+        self.measurement = run.repeated
         self._bank_fault: NonFiniteError | None = None
         self._claims: dict[str, tuple[ImageEntry, Lease]] = {}
         self._loaded: dict[str, LoadedImage] = {}

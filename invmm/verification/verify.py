@@ -92,7 +92,7 @@ def verify(task: Verification) -> int:
             rules do.
     """
     run_dir = task.run_dir
-    searching, criterion = task.run.measurement, task.run.replication
+    searching, criterion = task.run.repeated, task.run.replication
     if not isinstance(searching, Searching):
         raise ValueError(f"{run_dir} is of a measurement that leaves no distributions")
     scales = len(task.run.sampler.guidance_scales)

@@ -29,8 +29,10 @@ def test_one_run_composes_builds_and_reads_once(model, images, tmp_path, monkeyp
     counting(monkeypatch, counts, Inversion, "__post_init__", lambda *_: "built")
     counting(monkeypatch, counts, json_files, "read_file", lambda path: path.name)
     json_files._object.cache_clear()
-    assert COMMAND.run(tiny.command(model, images, tmp_path / "run")[3:]) == 0
-    assert len(tiny.records(tmp_path / "run")) > 4
+    assert COMMAND.run(tiny.command(model, images, tmp_path / "run", "repeats=2")[3:]) == 0
+    records = tiny.records(tmp_path / "run").values()
+    assert len(records) > 4
+    assert {record["columns"]["repeats"] for record in records} == {2}
     assert {name: counts[name] for name in ("composed", "built", "model_index.json")} == {
         "composed": 1, "built": 1, "model_index.json": 1,
     }  # fmt: skip
