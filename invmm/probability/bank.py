@@ -135,6 +135,10 @@ class SharedBank:
     drawn: DrawnBank
     recipe: BankMeasurement
 
+    def check(self, use: Use) -> None:
+        """See `Measurement`."""
+        self.recipe.check(use)
+
     def __call__(
         self, target: Target, setting: Setting, rng: torch.Generator
     ) -> Coroutine[Any, Any, Outcome]:
