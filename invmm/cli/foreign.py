@@ -7,7 +7,7 @@ comes from the person who verifies; without that it is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,13 @@ class Own:
 
     Attributes:
         model: folder of the model, or a hub id of the verifier's choice.
-        lora: of the model, if the run had one.
+        lora: those of the model, in the order of the run; None if it had none.
         similarity: file of the similarity network; None takes one that comes with a package.
         images: folder of the images, None without them.
     """
 
     model: str | None
-    lora: str | None
+    lora: Sequence[str] | None
     similarity: str | None
     images: str | None
 
@@ -130,14 +130,30 @@ def _model(node: Mapping[str, Any], own: Own) -> Any:
     if "_target_" not in node:  # latent_scale is not in the saved config of a VQ autoencoder
         scale = node.get("latent_scale")
         return {"_target_": "invmm.models.auto.AutoModel", "path": own.model, "latent_scale": scale}
-    if (node.get("lora") is None) != (own.lora is None):
+    revision = {"revision": None} if "revision" in node else {}
+    return {**node, "path": own.model, **revision, **_lora(node.get("lora"), own.lora)}
+
+
+def _lora(measured: Any, own: Sequence[str] | None) -> dict[str, Any]:
+    """The setting of a run's LoRAs, the verifier's files in place of those that it names."""
+    if measured is None:
+        if own is not None:
+            given = " ".join(f"--lora {path}" for path in own)
+            raise ValueError(f"{given}: the run was measured without a LoRA; leave it out")
+        return {}
+    if own is None:
+        raise ValueError(f"the run was measured with model.lora={measured}; give --lora FILE")
+    entries = measured if isinstance(measured, list) else [measured]
+    if len(own) != len(entries):
         raise ValueError(
-            f"the run was measured with model.lora={node.get('lora')}; give --lora FILE"
-            if own.lora is None
-            else f"--lora {own.lora}: the run was measured without a LoRA; leave it out"
+            f"the run was measured with {len(entries)} LoRAs, and --lora names {len(own)}; give "
+            "--lora FILE for each, in the order of the run"
         )
-    lora = {} if own.lora is None else {"lora": own.lora}
-    return {**node, "path": own.model, **({"revision": None} if "revision" in node else {}), **lora}
+    if not isinstance(measured, list):
+        return {"lora": own[0]}
+    weights = [entry.get("weight", 1.0) if isinstance(entry, Mapping) else 1.0 for entry in entries]
+    files = zip(own, weights, strict=True)
+    return {"lora": [{"path": path, "weight": weight} for path, weight in files]}
 
 
 def _similarity(node: Mapping[str, Any], own: Own) -> dict[str, Any]:

@@ -39,7 +39,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("image_ids", nargs="*", metavar="IMAGE", help="ids; all images if none")
     parser.add_argument("--model", metavar="FOLDER", help="the model; its weights must be the same")
-    parser.add_argument("--lora", metavar="FILE", help="the LoRA of the model, if the run had one")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE",
+        help="the LoRA of the model, if the run had one; once for each, in the order of the run",
+    )
     parser.add_argument(
         "--similarity",
         metavar="FILE",

@@ -16,6 +16,7 @@ from invmm.models.execution import Execution, LoadedNetwork
 from invmm.models.json_files import read_json
 from invmm.models.loading import BARE, fetched
 from invmm.models.loading import PIPELINES as PIXEL_PIPELINES
+from invmm.models.lora import LoraSetting, loras_of
 from invmm.models.parts import pipeline_name
 from invmm.models.pipeline import PIPELINES as LATENT_PIPELINES
 from invmm.models.pipeline import LatentPipeline
@@ -31,7 +32,7 @@ class AutoModel:
         variant: of the weight files, for example fp16.
         revision: of a hub repository.
         dtype: of the weights; losses and the noise distribution stay in float32.
-        lora: a safetensors file with LoRA weights, for models with a text encoder.
+        lora: LoRA weights, for models with a text encoder; see `LatentPipeline`.
         noise_schedule: diffusers scheduler keys, for pixel models; a bare network needs them.
         posterior: see `LatentPipeline`.
         latent_scale: see `LatentPipeline`.
@@ -44,13 +45,16 @@ class AutoModel:
     variant: str | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    lora: str | None = None
+    lora: LoraSetting = None
     noise_schedule: dict[str, Any] | None = None
     posterior: Posterior | None = None
     latent_scale: Annotated[float, Gt(0)] | None = None
     image_size: Annotated[int, Ge(8)] | None = None
     vae_slicing: bool = False
     vae_tiling: bool = False
+
+    def __post_init__(self) -> None:
+        loras_of(self.lora)
 
     def recipe(self) -> ModelRecipe:
         """The adapter's own recipe.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from invmm.diffusion.schedule import NoiseSchedule, read_scheduler
 from invmm.diffusion.scheduler_config import check_config
-from invmm.files import file_sha256, json_digest
+from invmm.files import json_digest
 from invmm.models.adapter import ModelInfo
 from invmm.models.codec import Posterior, latent_scale
 from invmm.models.components import Parts
@@ -23,7 +23,7 @@ from invmm.models.execution import Execution
 from invmm.models.json_files import read_json, settings_digests
 from invmm.models.latent import Dit, LatentDiffusion, LatentNetwork
 from invmm.models.loading import fetched, scheduler_json
-from invmm.models.lora import add_lora, check_lora
+from invmm.models.lora import LoraSetting, add_loras, check_loras, lora_fingerprint, loras_of
 from invmm.models.parts import load_part, part_class, pipeline_name
 from invmm.models.stable_diffusion import StableDiffusion, StableDiffusion3, StableDiffusionXL
 from invmm.models.trial import (
@@ -66,7 +66,8 @@ class LatentPipeline:
         variant: of the weight files, for example fp16.
         revision: of a hub repository.
         dtype: of the weights; losses and the noise distribution stay in float32.
-        lora: a safetensors file with LoRA weights for the denoiser and text encoders.
+        lora: a safetensors file with LoRA weights for the denoiser and text encoders, or a folder
+            that peft wrote; or a list of them and of {path: FILE, weight: 0.7}.
         posterior: which latents stand for an image; null takes the family's (paper: the mode,
             for Stable Diffusion 3 a sample).
         latent_scale: factor of the latents of a VQ autoencoder whose config leaves it open; 1 for
@@ -80,12 +81,15 @@ class LatentPipeline:
     variant: str | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    lora: str | None = None
+    lora: LoraSetting = None
     posterior: Posterior | None = None
     latent_scale: Annotated[float, Gt(0)] | None = None
     image_size: Annotated[int, Ge(8)] | None = None
     vae_slicing: bool = False
     vae_tiling: bool = False
+
+    def __post_init__(self) -> None:
+        loras_of(self.lora)
 
     def describe(self) -> ModelInfo:
         """Reads JSON only; see `ModelRecipe`."""
@@ -127,8 +131,11 @@ class LatentPipeline:
         configs = folder.parts(self.path).configs
         words = settings_digests(folder.path, [n for n in configs if n.startswith("tokenizer")])
         tried = json_digest(
-            {"classes": folder.classes, "configs": configs, "shape": shape, "words": words}
-        )
+            {
+                "classes": folder.classes, "configs": configs, "shape": shape, "words": words,
+                "loras": lora_fingerprint(loras_of(self.lora)),
+            }
+        )  # fmt: skip
         if tried in _FITTING:
             return
         condition = network.blank_condition(folder.config(family.denoiser), 1, folder.num_tokens)
@@ -152,6 +159,8 @@ class LatentPipeline:
             folder.pixels_per_latent,
             suspects=partial(_mistyped, folder),
         )
+        if self.lora is not None:
+            self._add_blank_loras(folder, {one: folder.blank(one) for one in self._weights(folder)})
         _FITTING.add(tried)
 
     def call_cost(self, rows: int, execution: Execution) -> CallCost:
@@ -162,6 +171,8 @@ class LatentPipeline:
         suspects = partial(_mistyped, folder)
         with as_a_fault(named, suspects):
             parts = {name: folder.blank(name) for name in self._weights(folder)}
+        if self.lora is not None:
+            self._add_blank_loras(folder, parts)
         denoiser, autoencoder = parts[family.denoiser], parts[family.autoencoder]
         execution.configure(denoiser)
         pixels: list[Tensor] = []
@@ -199,8 +210,7 @@ class LatentPipeline:
         absent = {name: None for name in (*family.optional, *family.ignored)}
         settings = {name: folder.index[name] for name in family.settings if name in folder.index}
         pipeline = part_class(f"diffusers.{folder.pipeline}")(**{**absent, **settings, **parts})
-        if self.lora is not None:
-            add_lora(pipeline, self.lora)
+        add_loras(pipeline, loras_of(self.lora))
         network = folder.network(
             pipeline, device, self.posterior, self._latent_scale(folder), self.image_size
         )
@@ -215,12 +225,21 @@ class LatentPipeline:
         folder = self._folder(weights=True)
         files = [file for files in self._weights(folder).values() for file in files]
         found = {file.relative_to(folder.path).as_posix(): weights_sha256(file) for file in files}
-        return {**found, "lora": file_sha256(Path(self.lora))} if self.lora else found
+        return {**found, **lora_fingerprint(loras_of(self.lora))}
 
     def settings(self) -> dict[str, str]:
         """See `ModelRecipe`."""
         folder = self._folder(weights=True)
         return settings_digests(folder.path, sorted(folder.classes))
+
+    def _add_blank_loras(self, folder: PipelineFolder, parts: Mapping[str, Any]) -> None:
+        """Adds the LoRAs to parts on the meta device, which checks their names and shapes."""
+        family = folder.network.family
+        absent = dict.fromkeys((*family.parts, *family.ignored))
+        pipeline = part_class(f"diffusers.{folder.pipeline}")(**{**absent, **parts})
+        add_loras(pipeline, loras_of(self.lora))
+        for part in parts.values():
+            part.to("meta").eval().requires_grad_(False)
 
     def _latent_shape(self, folder: PipelineFolder) -> tuple[int, int, int]:
         """(C, H, W) of a latent.
@@ -243,7 +262,12 @@ class LatentPipeline:
         is_here = folder.path == Path(self.path).expanduser()
         self._latent_shape(folder)
         if self.lora is not None:
-            check_lora(self.lora)
+            if not folder.network.family.searched:
+                raise ValueError(
+                    f"model.lora={self.lora} has no meaning for a {folder.pipeline}, for which "
+                    "diffusers loads none; give null"
+                )
+            check_loras(loras_of(self.lora))
         if weights or is_here:
             for name, files in self._weights(folder).items():
                 if not files:

@@ -321,6 +321,9 @@ FORGERIES: dict[str, tuple[Callable[[Folder], Any], int, str]] = {
         configure("measurement", {"_target_": "evil.Search"}), REFUSED, "evil.Search"
     ),
     "a LoRA": (configure("model.lora", "evil.safetensors"), REFUSED, "give --lora FILE"),
+    "LoRAs": (
+        configure("model.lora", ["evil.safetensors", {"path": "evil"}]), REFUSED, "give --lora FILE"
+    ),
     "no config": (lambda run: run.manifest.update(config={}), REFUSED, "altered"),
     "config and no digest": (
         lambda run: run.manifest["config"].update(seed=3), REFUSED, "does not have the digest"
