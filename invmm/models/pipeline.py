@@ -68,6 +68,7 @@ class LatentPipeline:
         dtype: of the weights; losses and the noise distribution stay in float32.
         lora: a safetensors file with LoRA weights for the denoiser and text encoders, or a folder
             that peft wrote; or a list of them and of {path: FILE, weight: 0.7}.
+        unet: folder of a fine-tuned U-Net, or a folder with `unet` in it, in place of the model's.
         posterior: which latents stand for an image; null takes the family's (paper: the mode,
             for Stable Diffusion 3 a sample).
         latent_scale: factor of the latents of a VQ autoencoder whose config leaves it open; 1 for
@@ -82,6 +83,7 @@ class LatentPipeline:
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     lora: LoraSetting = None
+    unet: str | None = None
     posterior: Posterior | None = None
     latent_scale: Annotated[float, Gt(0)] | None = None
     image_size: Annotated[int, Ge(8)] | None = None
@@ -97,7 +99,7 @@ class LatentPipeline:
         family = folder.network.family
         shape, factor = self._latent_shape(folder), folder.pixels_per_latent
         num_train_timesteps, prediction_type = read_scheduler(
-            f"model.path={self.path}", lambda: check_config(folder.scheduler())
+            folder.named, lambda: check_config(folder.scheduler())
         )
         files = [file for files in self._weights(folder).values() for file in files]
         return ModelInfo(
@@ -113,9 +115,9 @@ class LatentPipeline:
 
     def schedule(self) -> NoiseSchedule:
         """See `ModelRecipe`."""
-        folder, source = self._folder(weights=False), f"model.path={self.path}"
+        folder = self._folder(weights=False)
         config, name = folder.scheduler(), folder.classes["scheduler"]
-        found = read_scheduler(source, lambda: NoiseSchedule.from_config(config))
+        found = read_scheduler(folder.named, lambda: NoiseSchedule.from_config(config))
         # Keys that are not read may still be such that the pipeline cannot be made.
         load_part(folder.path, "scheduler", name, variant=None, dtype=None)
         return found
@@ -128,7 +130,7 @@ class LatentPipeline:
         """
         folder = self._folder(weights=False)
         family, network, shape = folder.network.family, folder.network, self._latent_shape(folder)
-        configs = folder.parts(self.path).configs
+        configs = folder.parts().configs
         words = settings_digests(folder.path, [n for n in configs if n.startswith("tokenizer")])
         tried = json_digest(
             {
@@ -140,7 +142,7 @@ class LatentPipeline:
             return
         condition = network.blank_condition(folder.config(family.denoiser), 1, folder.num_tokens)
         meta = {name: value.to("meta") for name, value in condition.items()}
-        named, own = f"model.path={self.path}", (family.denoiser, family.autoencoder)
+        named, own = folder.named, (family.denoiser, family.autoencoder)
         for name in sorted(self._weights(folder).keys() - own):
             with as_a_fault(named):
                 encoder = folder.blank(name)
@@ -165,8 +167,8 @@ class LatentPipeline:
 
     def call_cost(self, rows: int, execution: Execution) -> CallCost:
         """See `ModelRecipe`."""
-        folder, named = self._folder(weights=False), f"model.path={self.path}"
-        family = folder.network.family
+        folder = self._folder(weights=False)
+        family, named = folder.network.family, folder.named
         shape, config = self._latent_shape(folder), folder.config(family.denoiser)
         suspects = partial(_mistyped, folder)
         with as_a_fault(named, suspects):
@@ -204,9 +206,12 @@ class LatentPipeline:
         family = folder.network.family
         dtype = getattr(torch, self.dtype)
         parts: dict[str, Any] = {
-            name: load_part(folder.path, name, found, variant=self.variant, dtype=dtype)
+            name: load_part(
+                folder.path, name, found, variant=self._variant(folder, name), dtype=dtype,
+                place=folder.unet if name == "unet" else None,
+            )
             for name, found in folder.classes.items()
-        }
+        }  # fmt: skip
         absent = {name: None for name in (*family.optional, *family.ignored)}
         settings = {name: folder.index[name] for name in family.settings if name in folder.index}
         pipeline = part_class(f"diffusers.{folder.pipeline}")(**{**absent, **settings, **parts})
@@ -223,14 +228,21 @@ class LatentPipeline:
     def fingerprint(self) -> dict[str, str]:
         """See `ModelRecipe`."""
         folder = self._folder(weights=True)
-        files = [file for files in self._weights(folder).values() for file in files]
-        found = {file.relative_to(folder.path).as_posix(): weights_sha256(file) for file in files}
+        found = {
+            f"{name}/{file.name}": weights_sha256(file)
+            for name, files in self._weights(folder).items()
+            for file in files
+        }
         return {**found, **lora_fingerprint(loras_of(self.lora))}
 
     def settings(self) -> dict[str, str]:
         """See `ModelRecipe`."""
         folder = self._folder(weights=True)
-        return settings_digests(folder.path, sorted(folder.classes))
+        if folder.unet is None:
+            return settings_digests(folder.path, sorted(folder.classes))
+        found = settings_digests(folder.path, sorted(folder.classes.keys() - {"unet"}))
+        own = settings_digests(folder.unet, [""])
+        return {**found, **{f"unet/{name}": digest for name, digest in own.items()}}
 
     def _add_blank_loras(self, folder: PipelineFolder, parts: Mapping[str, Any]) -> None:
         """Adds the LoRAs to parts on the meta device, which checks their names and shapes."""
@@ -247,7 +259,7 @@ class LatentPipeline:
         Raises:
             ValueError: the parts do not fit together, or cannot draw images of this size.
         """
-        return folder.network.checked_shape(folder.parts(self.path), self.image_size)
+        return folder.network.checked_shape(folder.parts(), self.image_size)
 
     def _latent_scale(self, folder: PipelineFolder) -> float:
         """Read from the JSON, as diffusers fills in missing keys when it loads a part."""
@@ -256,10 +268,11 @@ class LatentPipeline:
         return latent_scale(folder.config(name), is_vq=is_vq, given=self.latent_scale)
 
     def _folder(self, *, weights: bool) -> PipelineFolder:
-        folder = open_pipeline(
-            self.path, revision=self.revision, variant=self.variant, weights=weights
-        )
-        is_here = folder.path == Path(self.path).expanduser()
+        path = fetched(self.path, revision=self.revision, variant=self.variant, weights=weights)
+        folder = open_pipeline(f"model.path={self.path}", path)
+        if self.unet is not None:
+            folder = folder.with_unet(self.unet)
+        is_here = path == Path(self.path).expanduser()
         self._latent_shape(folder)
         if self.lora is not None:
             if not folder.network.family.searched:
@@ -268,18 +281,26 @@ class LatentPipeline:
                     "diffusers loads none; give null"
                 )
             check_loras(loras_of(self.lora))
-        if weights or is_here:
-            for name, files in self._weights(folder).items():
-                if not files:
-                    raise no_weights(self.path, folder.path / name, name, self.variant)
+        for name, files in self._weights(folder).items():
+            is_own = name == "unet" and folder.unet is not None
+            if (weights or is_here or is_own) and not files:
+                owner = folder.named.removeprefix("model.path=")
+                raise no_weights(owner, folder.place(name), name, self.variant)
         return folder
 
     def _weights(self, folder: PipelineFolder) -> dict[str, list[Path]]:
         return {
-            name: weight_files(folder.path / name, found, self.variant)
+            name: weight_files(folder.place(name), found, self._variant(folder, name))
             for name, found in folder.classes.items()
             if name != "scheduler" and not name.startswith("tokenizer")
         }
+
+    def _variant(self, folder: PipelineFolder, name: str) -> str | None:
+        """Of a part's files; training writes those of `unet` without one, whatever the others."""
+        place = folder.place(name)
+        is_own = name == "unet" and folder.unet is not None
+        has_files = not is_own or weight_files(place, folder.classes[name], self.variant)
+        return self.variant if has_files else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +313,8 @@ class PipelineFolder:
         network: the class that runs it.
         index: its model_index.json.
         classes: part -> "library.Class".
+        named: the model in messages.
+        unet: folder of the U-Net that takes the place of its own; None without.
     """
 
     path: Path
@@ -299,16 +322,32 @@ class PipelineFolder:
     network: type[LatentNetwork]
     index: Mapping[str, Any]
     classes: Mapping[str, str]
+    named: str
+    unet: Path | None = None
+
+    def with_unet(self, path: str) -> PipelineFolder:
+        """The same model with another U-Net.
+
+        Raises:
+            ValueError: it has none, or the folder does not hold one.
+        """
+        if self.network.family.denoiser != "unet":
+            raise ValueError(
+                f"model.unet={path} has no meaning for a {self.pipeline}, whose denoiser is a "
+                f"{self.network.family.denoiser}; put it into a copy of the model's folder"
+            )
+        return replace(self, unet=_unet_folder(path), named=f"{self.named} with model.unet={path}")
+
+    def place(self, part: str) -> Path:
+        """The folder of a part."""
+        return self.unet if part == "unet" and self.unet is not None else self.path / part
 
     def config(self, part: str) -> Mapping[str, Any]:
         """The config.json of a part."""
-        return read_json(self.path / part / "config.json")
+        return read_json(self.place(part) / "config.json")
 
-    def parts(self, path: str) -> Parts:
+    def parts(self) -> Parts:
         """The configs of all parts but the scheduler.
-
-        Args:
-            path: as the user gave it.
 
         Raises:
             ValueError: a config is missing, is not JSON, or names another class than the index.
@@ -318,7 +357,7 @@ class PipelineFolder:
         configs = {}
         for name in names:
             is_tokenizer = name.startswith("tokenizer")
-            file = self.path / name / f"{'tokenizer_' * is_tokenizer}config.json"
+            file = self.place(name) / f"{'tokenizer_' * is_tokenizer}config.json"
             if not is_tokenizer or file.is_file():
                 configs[name] = read_json(file)
             elif file.parent.is_dir():
@@ -326,22 +365,22 @@ class PipelineFolder:
         for name, config in configs.items():
             if config.get("quantization_config"):
                 raise ValueError(
-                    f"the {name} of model.path={path} has a quantization_config in its "
+                    f"the {name} of {self.named} has a quantization_config in its "
                     "config.json, and quantised weights are not read from folders; give the model "
                     "in float16 or float32"
                 )
             own = config.get("_class_name", classes[name])
             if own != classes[name] and sorted(map(str, (own, classes[name]))) != _RENAMED:
                 raise ValueError(
-                    f"the {name} of model.path={path} has _class_name={own} in its config.json, "
+                    f"the {name} of {self.named} has _class_name={own} in its config.json, "
                     f"and model_index.json says {classes[name]}; save the model again"
                 )
-        return Parts(source=f"model.path={path}", classes=classes, configs=configs)
+        return Parts(source=self.named, classes=classes, configs=configs)
 
     @property
     def pixels_per_latent(self) -> int:
         """Side of the square of pixels that one latent stands for."""
-        parts = self.parts(str(self.path))
+        parts = self.parts()
         return 2 ** (parts.length(self.network.family.autoencoder, "block_out_channels") - 1)
 
     @property
@@ -366,20 +405,44 @@ class PipelineFolder:
         return scheduler_json(self.path / "scheduler", self.index)
 
 
-def open_pipeline(
-    path: str, *, revision: str | None, variant: str | None, weights: bool
-) -> PipelineFolder:
-    """Finds the folder, fetching a hub id if need be, and reads its index.
+def open_pipeline(named: str, folder: Path) -> PipelineFolder:
+    """Reads the index of a pipeline.
+
+    Args:
+        named: the model in messages.
+        folder: that holds it.
 
     Raises:
-        ValueError: neither a folder nor a hub id, or not a supported pipeline.
+        ValueError: it is not a supported pipeline.
     """
-    folder = fetched(path, revision=revision, variant=variant, weights=weights)
     index = read_json(folder / "model_index.json")
-    name = pipeline_name(f"model.path={path}", index, PIPELINES)
+    name = pipeline_name(named, index, PIPELINES)
     network = PIPELINES[name]
-    classes = network.family.classes(f"model.path={path}", index)
-    return PipelineFolder(path=folder, pipeline=name, network=network, index=index, classes=classes)
+    classes = network.family.classes(named, index)
+    return PipelineFolder(
+        path=folder, pipeline=name, network=network, index=index, classes=classes, named=named
+    )
+
+
+def _unet_folder(path: str) -> Path:
+    """The folder of a U-Net: as given, or the folder `unet` in it.
+
+    Raises:
+        ValueError: neither or both of them hold one.
+    """
+    folder = Path(path).expanduser()
+    found = [one for one in (folder, folder / "unet") if (one / "config.json").is_file()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        state = "holds a config.json and a folder unet with another"
+    elif folder.is_dir():
+        state = "holds neither a config.json nor a folder unet with one"
+    else:
+        state = "is a file" if folder.exists() else "does not exist"
+    raise ValueError(
+        f"model.unet={path} {state}; give the folder of a U-Net as save_pretrained writes it"
+    )
 
 
 def _mistyped(folder: PipelineFolder) -> list[str]:

@@ -1,4 +1,4 @@
-"""LoRAs through the commands: measured, planned and verified."""
+"""LoRAs and U-Nets through the commands: measured, planned and verified."""
 
 from __future__ import annotations
 
@@ -83,6 +83,7 @@ def test_loras_with_strengths(tmp_path, invmm, verified):
         ((), "give --lora FILE"),
         (("--lora", one), "was measured with 2 LoRAs, and --lora names 1"),
         (("--lora", two, "--lora", one), r"other inputs (model.lora.0 was"),
+        (("--lora", one, "--lora", two, "--unet", tmp_path), "without model.unet; leave it out"),
     ):
         code, output = verified("run", *arguments)
         assert code == 2
@@ -100,3 +101,27 @@ def test_loras_with_strengths(tmp_path, invmm, verified):
     code, output = invmm("other", f"model.lora=[{{path:{one},weight:inf}},{two}]")
     assert code == 2
     assert "model.lora.0.weight=inf is not possible: give a finite number" in output
+
+
+def test_another_unet(tmp_path, invmm, verified):
+    pipeline = pipelines.seeded(pipelines.MAKERS["sd1 epsilon"])
+    pipeline.save_pretrained(tmp_path / "model")
+    torch.nn.init.normal_(pipeline.unet.conv_out.weight)
+    pipeline.unet.save_pretrained(tmp_path / "checkpoint" / "unet")
+    setting = f"model.unet={tmp_path / 'checkpoint'}"
+    assert invmm("planned", setting, "dry_run=true")[0] == 0
+    code, output = invmm("run", setting)
+    assert code == 0, output
+    code, output = verified("run", "--unet", tmp_path / "checkpoint" / "unet")
+    assert code == 0, output
+    for arguments, message in (
+        ((), "give --unet FOLDER"),
+        (("--unet", tmp_path / "model"), "other inputs (model.unet/diffusion_pytorch_model"),
+    ):
+        code, output = verified("run", *arguments)
+        assert code == 2
+        assert message in output
+    for dry_run in ("true", "false"):
+        code, output = invmm("other", f"model.unet={tmp_path / 'no'}", f"dry_run={dry_run}")
+        assert code == 2
+        assert f"model.unet={tmp_path / 'no'} does not exist" in output

@@ -324,6 +324,7 @@ FORGERIES: dict[str, tuple[Callable[[Folder], Any], int, str]] = {
     "LoRAs": (
         configure("model.lora", ["evil.safetensors", {"path": "evil"}]), REFUSED, "give --lora FILE"
     ),
+    "a U-Net": (configure("model.unet", "evil"), REFUSED, "give --unet FOLDER"),
     "no config": (lambda run: run.manifest.update(config={}), REFUSED, "altered"),
     "config and no digest": (
         lambda run: run.manifest["config"].update(seed=3), REFUSED, "does not have the digest"
