@@ -114,18 +114,19 @@ def stable_diffusion(prediction_type: str = "epsilon", *, size: int = 8, **betas
     )  # fmt: skip
 
 
-def sdxl(size: int = 8) -> Any:
+def sdxl(size: int = 8, second_width: int = 16) -> Any:
     from diffusers import StableDiffusionXLPipeline
 
     unet = text_unet(
-        sample_size=size, cross_attention_dim=32, addition_embed_type="text_time",
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16,
+        sample_size=size, cross_attention_dim=16 + second_width, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + second_width,
         use_linear_projection=True,
     )  # fmt: skip
     return StableDiffusionXLPipeline(
         vae=autoencoder(), text_encoder=text_encoder(projected=False),
-        text_encoder_2=text_encoder(projected=True), tokenizer=tokenizer(), tokenizer_2=tokenizer(),
-        unet=unet, scheduler=ddim(**SD_BETAS), add_watermarker=False,
+        text_encoder_2=text_encoder(projected=True, width=second_width),
+        tokenizer=tokenizer(), tokenizer_2=tokenizer(), unet=unet, scheduler=ddim(**SD_BETAS),
+        add_watermarker=False,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -212,9 +213,9 @@ def _images(run: MeasureRun, size: int) -> tuple[int, list[str]]:
 def _architecture(model: ModelRecipe) -> list[str]:
     """Says so if a model is known from the package's own table alone."""
     path, revision = getattr(model, "path", None), getattr(model, "revision", None)
-    if path is None or not is_from_table(
-        fetched(path, revision=revision, variant=None, weights=False)
-    ):
+    if path is None or Path(path).is_file():
+        return []
+    if not is_from_table(fetched(path, revision=revision, variant=None, weights=False)):
         return []
     return [
         f"model: architecture from the package's own table; {path} is not here, and the hub was "

@@ -39,6 +39,7 @@ class Own:
         similarity: file of the similarity network; None takes one that comes with a package.
         images: folder of the images, None without them.
         unet: folder of the U-Net in place of the model's; None if the run had none.
+        config: folder that describes a model in a single file; None for one in a folder.
     """
 
     model: str | None
@@ -46,6 +47,7 @@ class Own:
     similarity: str | None
     images: str | None
     unet: str | None = None
+    config: str | None = None
 
 
 def rebuilt(run_dir: Path, manifest: Mapping[str, Any], own: Own) -> MeasureRun:
@@ -134,16 +136,25 @@ def _model(node: Mapping[str, Any], own: Own) -> Any:
         return {"_target_": "invmm.models.auto.AutoModel", "path": own.model, "latent_scale": scale}
     revision = {"revision": None} if "revision" in node else {}
     found = {**node, "path": own.model, **revision, **_lora(node.get("lora"), own.lora)}
-    return {**found, **_unet(node.get("unet"), own.unet)}
+    folders = {"unet": own.unet, "config": own.config}
+    return {**found, **{k: v for k, v in folders.items() if _is_needed(k, node.get(k), v)}}
 
 
-def _unet(measured: Any, own: str | None) -> dict[str, str]:
-    """The verifier's U-Net in place of the one that a run names."""
+def _is_needed(option: str, measured: Any, own: str | None) -> bool:
+    """Whether the verifier's own folder takes the place of one that a run names.
+
+    Raises:
+        ValueError: only one of both is there.
+    """
     if measured is not None and own is None:
-        raise ValueError(f"the run was measured with model.unet={measured}; give --unet FOLDER")
+        raise ValueError(
+            f"the run was measured with model.{option}={measured}; give --{option} FOLDER"
+        )
     if measured is None and own is not None:
-        raise ValueError(f"--unet {own}: the run was measured without model.unet; leave it out")
-    return {} if own is None else {"unet": own}
+        raise ValueError(
+            f"--{option} {own}: the run was measured without model.{option}; leave it out"
+        )
+    return own is not None
 
 
 def _lora(measured: Any, own: Sequence[str] | None) -> dict[str, Any]:

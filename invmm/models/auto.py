@@ -21,6 +21,7 @@ from invmm.models.parts import pipeline_name
 from invmm.models.pipeline import PIPELINES as LATENT_PIPELINES
 from invmm.models.pipeline import LatentPipeline
 from invmm.models.pixel import PixelUNet
+from invmm.models.single_file import config_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class AutoModel:
     """Reads model_index.json and picks the adapter.
 
     Attributes:
-        path: a local folder or a hub id.
+        path: a local folder, a hub id, or a safetensors file.
+        config: of such a file, see `LatentPipeline`.
         variant: of the weight files, for example fp16.
         revision: of a hub repository.
         dtype: of the weights; losses and the noise distribution stay in float32.
@@ -43,6 +45,7 @@ class AutoModel:
     """
 
     path: str
+    config: str | None = None
     variant: str | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -71,7 +74,10 @@ class AutoModel:
             "revision": self.revision,
             "dtype": self.dtype,
         }
-        folder = fetched(self.path, revision=self.revision, variant=self.variant, weights=False)
+        if self.config is not None:
+            folder = config_folder(self.config)
+        else:
+            folder = fetched(self.path, revision=self.revision, variant=self.variant, weights=False)
         if not (folder / "model_index.json").is_file():
             name = None  # a bare network, or what `PixelUNet` will refuse with the reason
         else:
@@ -82,6 +88,7 @@ class AutoModel:
             self._refuse("noise_schedule", name)
             return LatentPipeline(
                 **common,
+                config=self.config,
                 lora=self.lora,
                 unet=self.unet,
                 posterior=self.posterior,
@@ -90,7 +97,15 @@ class AutoModel:
                 vae_slicing=self.vae_slicing,
                 vae_tiling=self.vae_tiling,
             )
-        for option in ("lora", "unet", "posterior", "latent_scale", "vae_slicing", "vae_tiling"):
+        for option in (
+            "config",
+            "lora",
+            "unet",
+            "posterior",
+            "latent_scale",
+            "vae_slicing",
+            "vae_tiling",
+        ):
             self._refuse(option, name or "UNet2DModel")
         return PixelUNet(**common, noise_schedule=self.noise_schedule, image_size=self.image_size)
 

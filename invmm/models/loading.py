@@ -31,8 +31,9 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
 """The parts of these pipelines -> the classes that they may have."""
 
 _FOLDERS_ONLY = (
-    "models are folders as save_pretrained writes them; convert a single checkpoint by diffusers' "
-    "from_single_file(...).save_pretrained(FOLDER), or give a LoRA as model.lora"
+    "models are folders as save_pretrained writes them; give a single safetensors file with "
+    "model.config=FOLDER, a folder of its configs, or convert it by diffusers' "
+    "from_single_file(...).save_pretrained(FOLDER); give a LoRA as model.lora"
 )
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 

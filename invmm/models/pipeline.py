@@ -25,6 +25,14 @@ from invmm.models.latent import Dit, LatentDiffusion, LatentNetwork
 from invmm.models.loading import fetched, scheduler_json
 from invmm.models.lora import LoraSetting, add_loras, check_loras, lora_fingerprint, loras_of
 from invmm.models.parts import load_part, part_class, pipeline_name
+from invmm.models.single_file import (
+    FAMILIES,
+    check_names,
+    checkpoint_file,
+    config_folder,
+    load_single_file,
+    state_of,
+)
 from invmm.models.stable_diffusion import StableDiffusion, StableDiffusion3, StableDiffusionXL
 from invmm.models.trial import (
     as_a_fault,
@@ -62,7 +70,8 @@ class LatentPipeline:
     """A diffusers pipeline on the latents of an autoencoder.
 
     Attributes:
-        path: a local folder or a hub id.
+        path: a local folder, a hub id, or a safetensors file with the whole model.
+        config: folder of the configs, the scheduler and the tokenizers of such a file.
         variant: of the weight files, for example fp16.
         revision: of a hub repository.
         dtype: of the weights; losses and the noise distribution stay in float32.
@@ -79,6 +88,7 @@ class LatentPipeline:
     """
 
     path: str
+    config: str | None = None
     variant: str | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -101,7 +111,7 @@ class LatentPipeline:
         num_train_timesteps, prediction_type = read_scheduler(
             folder.named, lambda: check_config(folder.scheduler())
         )
-        files = [file for files in self._weights(folder).values() for file in files]
+        files = {file for files in self._weights(folder).values() for file in files}
         return ModelInfo(
             family=family.name,
             latent_shape=shape,
@@ -136,6 +146,7 @@ class LatentPipeline:
             {
                 "classes": folder.classes, "configs": configs, "shape": shape, "words": words,
                 "loras": lora_fingerprint(loras_of(self.lora)),
+                "file": folder.file and state_of(folder.file),
             }
         )  # fmt: skip
         if tried in _FITTING:
@@ -161,8 +172,8 @@ class LatentPipeline:
             folder.pixels_per_latent,
             suspects=partial(_mistyped, folder),
         )
-        if self.lora is not None:
-            self._add_blank_loras(folder, {one: folder.blank(one) for one in self._weights(folder)})
+        if self.lora is not None or folder.file is not None:
+            self._check_blank(folder, {name: folder.blank(name) for name in self._weights(folder)})
         _FITTING.add(tried)
 
     def call_cost(self, rows: int, execution: Execution) -> CallCost:
@@ -173,8 +184,7 @@ class LatentPipeline:
         suspects = partial(_mistyped, folder)
         with as_a_fault(named, suspects):
             parts = {name: folder.blank(name) for name in self._weights(folder)}
-        if self.lora is not None:
-            self._add_blank_loras(folder, parts)
+        self._check_blank(folder, parts)
         denoiser, autoencoder = parts[family.denoiser], parts[family.autoencoder]
         execution.configure(denoiser)
         pixels: list[Tensor] = []
@@ -205,16 +215,15 @@ class LatentPipeline:
         folder = self._folder(weights=True)
         family = folder.network.family
         dtype = getattr(torch, self.dtype)
-        parts: dict[str, Any] = {
-            name: load_part(
-                folder.path, name, found, variant=self._variant(folder, name), dtype=dtype,
-                place=folder.unet if name == "unet" else None,
-            )
-            for name, found in folder.classes.items()
-        }  # fmt: skip
-        absent = {name: None for name in (*family.optional, *family.ignored)}
-        settings = {name: folder.index[name] for name in family.settings if name in folder.index}
-        pipeline = part_class(f"diffusers.{folder.pipeline}")(**{**absent, **settings, **parts})
+        if folder.file is None:
+            pipeline = self._from_folder(folder, dtype)
+        else:
+            blank = {name: folder.blank(name) for name in self._weights(folder)}
+            self._check_blank(folder, blank)
+            pipeline = load_single_file(
+                part_class(f"diffusers.{folder.pipeline}"), folder.file, folder.path, folder.named,
+                dtype=dtype, parts=blank, absent=family.ignored,
+            )  # fmt: skip
         add_loras(pipeline, loras_of(self.lora))
         network = folder.network(
             pipeline, device, self.posterior, self._latent_scale(folder), self.image_size
@@ -228,6 +237,10 @@ class LatentPipeline:
     def fingerprint(self) -> dict[str, str]:
         """See `ModelRecipe`."""
         folder = self._folder(weights=True)
+        if folder.file is not None:
+            return {
+                "checkpoint": weights_sha256(folder.file), **lora_fingerprint(loras_of(self.lora))
+            }  # fmt: skip
         found = {
             f"{name}/{file.name}": weights_sha256(file)
             for name, files in self._weights(folder).items()
@@ -244,8 +257,26 @@ class LatentPipeline:
         own = settings_digests(folder.unet, [""])
         return {**found, **{f"unet/{name}": digest for name, digest in own.items()}}
 
-    def _add_blank_loras(self, folder: PipelineFolder, parts: Mapping[str, Any]) -> None:
-        """Adds the LoRAs to parts on the meta device, which checks their names and shapes."""
+    def _from_folder(self, folder: PipelineFolder, dtype: torch.dtype) -> Any:
+        """The pipeline of diffusers, on the CPU."""
+        family = folder.network.family
+        parts: dict[str, Any] = {
+            name: load_part(
+                folder.path, name, found, variant=self._variant(folder, name), dtype=dtype,
+                place=folder.unet if name == "unet" else None,
+            )
+            for name, found in folder.classes.items()
+        }  # fmt: skip
+        absent = {name: None for name in (*family.optional, *family.ignored)}
+        settings = {name: folder.index[name] for name in family.settings if name in folder.index}
+        return part_class(f"diffusers.{folder.pipeline}")(**{**absent, **settings, **parts})
+
+    def _check_blank(self, folder: PipelineFolder, parts: Mapping[str, Any]) -> None:
+        """Checks a single file by parts on the meta device, and adds the LoRAs to them."""
+        if folder.file is not None:
+            check_names(folder.file, folder.named, parts)
+        if self.lora is None:
+            return
         family = folder.network.family
         absent = dict.fromkeys((*family.parts, *family.ignored))
         pipeline = part_class(f"diffusers.{folder.pipeline}")(**{**absent, **parts})
@@ -268,11 +299,48 @@ class LatentPipeline:
         return latent_scale(folder.config(name), is_vq=is_vq, given=self.latent_scale)
 
     def _folder(self, *, weights: bool) -> PipelineFolder:
+        if self.config is not None:
+            return self._checked(self._of_a_file(self.config))
         path = fetched(self.path, revision=self.revision, variant=self.variant, weights=weights)
         folder = open_pipeline(f"model.path={self.path}", path)
         if self.unet is not None:
             folder = folder.with_unet(self.unet)
         is_here = path == Path(self.path).expanduser()
+        self._checked(folder)
+        for name, files in self._weights(folder).items():
+            is_own = name == "unet" and folder.unet is not None
+            if (weights or is_here or is_own) and not files:
+                owner = folder.named.removeprefix("model.path=")
+                raise no_weights(owner, folder.place(name), name, self.variant)
+        return folder
+
+    def _of_a_file(self, config: str) -> PipelineFolder:
+        """The folder that describes a single file, see `invmm.models.single_file`.
+
+        Raises:
+            ValueError: one of the two is missing or of another kind, or an option has no meaning.
+        """
+        file, path = checkpoint_file(self.path, config), config_folder(config)
+        for option in ("variant", "revision", "unet"):
+            if (value := getattr(self, option)) is not None:
+                raise ValueError(
+                    f"model.{option}={value} has no meaning for a single file; give null"
+                )
+        named = f"model.path={self.path} with model.config={config}"
+        folder = open_pipeline(named, path)
+        if folder.network.family.name not in FAMILIES:
+            raise ValueError(
+                f"{named} is a {folder.pipeline}, and single files are read of Stable Diffusion 1, "
+                "2 and XL; convert it by from_single_file(...).save_pretrained(FOLDER)"
+            )
+        return replace(folder, file=file)
+
+    def _checked(self, folder: PipelineFolder) -> PipelineFolder:
+        """The folder, if its parts fit together and the LoRAs are files for its family.
+
+        Raises:
+            ValueError: naming the key.
+        """
         self._latent_shape(folder)
         if self.lora is not None:
             if not folder.network.family.searched:
@@ -281,16 +349,13 @@ class LatentPipeline:
                     "diffusers loads none; give null"
                 )
             check_loras(loras_of(self.lora))
-        for name, files in self._weights(folder).items():
-            is_own = name == "unet" and folder.unet is not None
-            if (weights or is_here or is_own) and not files:
-                owner = folder.named.removeprefix("model.path=")
-                raise no_weights(owner, folder.place(name), name, self.variant)
         return folder
 
     def _weights(self, folder: PipelineFolder) -> dict[str, list[Path]]:
         return {
-            name: weight_files(folder.place(name), found, self._variant(folder, name))
+            name: [folder.file]
+            if folder.file is not None
+            else weight_files(folder.place(name), found, self._variant(folder, name))
             for name, found in folder.classes.items()
             if name != "scheduler" and not name.startswith("tokenizer")
         }
@@ -315,6 +380,7 @@ class PipelineFolder:
         classes: part -> "library.Class".
         named: the model in messages.
         unet: folder of the U-Net that takes the place of its own; None without.
+        file: that holds the weights of all parts; None if they are in the folder.
     """
 
     path: Path
@@ -324,6 +390,7 @@ class PipelineFolder:
     classes: Mapping[str, str]
     named: str
     unet: Path | None = None
+    file: Path | None = None
 
     def with_unet(self, path: str) -> PipelineFolder:
         """The same model with another U-Net.

@@ -1,4 +1,4 @@
-"""LoRAs and U-Nets through the commands: measured, planned and verified."""
+"""LoRAs, U-Nets and single files through the commands: measured, planned and verified."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 
 import pipelines
 import pytest
+import single_files
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
@@ -125,3 +126,32 @@ def test_another_unet(tmp_path, invmm, verified):
         code, output = invmm("other", f"model.unet={tmp_path / 'no'}", f"dry_run={dry_run}")
         assert code == 2
         assert f"model.unet={tmp_path / 'no'} does not exist" in output
+
+
+def test_a_single_file(tmp_path, invmm, verified):
+    pipeline = pipelines.seeded(pipelines.MAKERS["sd1 epsilon"])
+    config, model = tmp_path / "config", tmp_path / "model"
+    single_files.save_single_file(pipeline, tmp_path / "file.safetensors", config)
+    (tmp_path / "file.safetensors").rename(model)  # where the command expects it
+    code, output = invmm("other", f"model.config={config}", "dry_run=true")
+    assert code == 2
+    assert f"model.path={model} is no safetensors file" in output
+    own = (f"model.path={tmp_path / 'file.safetensors'}", f"model.config={config}")
+    model.rename(tmp_path / "file.safetensors")
+    code, output = invmm("planned", *own, "dry_run=true")
+    assert code == 0, output
+    code, output = invmm("run", *own)
+    assert code == 0, output
+    file = ("--model", tmp_path / "file.safetensors")
+    code, output = verified("run", *file, "--config", config)
+    assert code == 0, output
+    code, output = verified("run", *file)
+    assert code == 2
+    assert "give --config FOLDER" in output
+
+    weights = load_file(tmp_path / "file.safetensors")
+    save_file({**weights, "more": torch.zeros(1)}, tmp_path / "file.safetensors")
+    for dry_run in ("true", "false"):
+        code, output = invmm("other", *own, f"dry_run={dry_run}")
+        assert code == 2
+        assert "holds weights that no part takes (more)" in output

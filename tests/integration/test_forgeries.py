@@ -325,6 +325,7 @@ FORGERIES: dict[str, tuple[Callable[[Folder], Any], int, str]] = {
         configure("model.lora", ["evil.safetensors", {"path": "evil"}]), REFUSED, "give --lora FILE"
     ),
     "a U-Net": (configure("model.unet", "evil"), REFUSED, "give --unet FOLDER"),
+    "a single file": (configure("model.config", "evil"), REFUSED, "give --config FOLDER"),
     "no config": (lambda run: run.manifest.update(config={}), REFUSED, "altered"),
     "config and no digest": (
         lambda run: run.manifest["config"].update(seed=3), REFUSED, "does not have the digest"
