@@ -60,7 +60,7 @@ def test_the_wheel_holds_every_module_and_every_config(wheel):
         for path in ROOT.glob("conf/**/*.yaml")
     }
     assert len(configs) > 30
-    assert modules | configs | {"invmm/conf/__init__.py"} <= held
+    assert modules | configs | {"invmm/conf/__init__.py", "invmm/py.typed"} <= held
     assert not [name for name in held if name.startswith(("conf/", "tests/"))]
 
 
