@@ -1,7 +1,7 @@
 """How the denoiser is computed: precision, kernels, memory. What is computed stays the same.
 
 The options change results within rounding, so they belong to a run's identity. Defaults: none of
-them on; see the table of `make bench` in the README for what each gains on a CPU.
+them on; docs/scale.md says what each gains on a CPU, by `make bench`.
 """
 
 from __future__ import annotations
