@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-short test test-all test-gpu test-lowest test-py312 mutants lint format bench bench-gpu study figures clean
+.PHONY: help setup demo demo-short test test-all test-gpu test-lowest test-py312 mutants lint format docs bench bench-gpu study figures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ format: $(READY)  ## let ruff rewrite the code
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+docs: $(READY)  ## build the pages of docs/ into site/; a broken link fails (ten seconds)
+	$(VENV)/bin/mkdocs build --strict
+
 bench: $(READY)  ## time the engine (ten minutes, nothing else running)
 	@$(MAKE) --no-print-directory study STUDY=bench
 
@@ -70,5 +73,5 @@ figures: $(READY)  ## draw the figures of all studies again, from the saved reco
 		test ! -f "results/$$study/summary.json" || $(PYTHON) $$plot || exit 1; done
 
 clean:  ## remove .venv and caches; results stay
-	rm -rf $(VENV) .nox build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .nox build site *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

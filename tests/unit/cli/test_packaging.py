@@ -79,7 +79,7 @@ def test_every_target_of_the_makefile_is_explained():
     explained = re.findall(r"^  make ([a-z0-9-]+) +\S", result.stdout, re.MULTILINE)
     assert explained == [
         "help", "setup", "demo", "demo-short", "test", "test-all", "test-gpu", "test-lowest",
-        "test-py312", "mutants", "lint", "format", "bench", "bench-gpu", "study", "figures",
+        "test-py312", "mutants", "lint", "format", "docs", "bench", "bench-gpu", "study", "figures",
         "clean",
     ]  # fmt: skip
 
