@@ -1,1 +1,1 @@
-"""Noise schedules, conversions and sampling: torch and diffusers schedulers only."""
+"""Noise schedules, prediction types, guidance and sampling, on torch and diffusers' schedulers."""

@@ -1,7 +1,7 @@
-"""Classifier-free guidance: away from what the model draws without the prompt.
+"""Classifier-free guidance: pushes predictions away from those under the negative prompt.
 
 Source: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022. Legend: guidance_scale -> w;
-negative -> the empty (or negative) prompt.
+negative -> the condition of the empty (or negative) prompt.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 Condition = Mapping[str, Tensor]
-"""What the denoiser is conditioned on, one row per latent row (prompt_embeds, class_labels...)."""
+"""Inputs that condition the denoiser by name (prompt_embeds, class_labels); one row per latent."""
 
 
 def repeated(condition: Condition | None, count: int) -> Condition | None:
-    """A condition as `count` rows: one row without copying it, several ones by turns."""
+    """The condition as `count` rows, cycling through its rows; a single row is not copied."""
     if condition is None:
         return None
     return {
@@ -28,7 +28,7 @@ def repeated(condition: Condition | None, count: int) -> Condition | None:
 
 
 def is_guided(guidance_scale: float) -> bool:
-    """Whether a scale needs a second evaluation; at 1 and below, pipelines leave guidance out."""
+    """Whether a scale takes a second evaluation per step; as in pipelines, not at 1 or below."""
     return guidance_scale > 1
 
 
@@ -41,17 +41,17 @@ def guided(
     """The guided prediction as a function of latents and timesteps.
 
     Args:
-        predict: the network, evaluated once a step on twice the rows.
+        predict: the network, called once a step with 2 B rows.
         condition: B rows.
         negative: B rows of the same names and shapes.
-        guidance_scales: (B,), above 1 where it matters.
+        guidance_scales: (B,); a scale of 1 gives the prediction under `condition`.
     """
     both = {name: torch.cat([negative[name], value]) for name, value in condition.items()}
     scales = guidance_scales.reshape(-1, 1, 1, 1)
 
     def predict_guided(latents: Tensor, timesteps: Tensor) -> Tensor:
         outputs = predict(torch.cat([latents] * 2), torch.cat([timesteps] * 2), both)
-        without, with_condition = outputs.chunk(2)
-        return without + scales.to(outputs) * (with_condition - without)
+        under_negative, under_condition = outputs.chunk(2)
+        return under_negative + scales.to(outputs) * (under_condition - under_negative)
 
     return predict_guided

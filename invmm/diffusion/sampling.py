@@ -1,7 +1,7 @@
 """Drawing from a diffusion model: any diffusers scheduler, from given noise.
 
-The schedulers are diffusers' own. They are built explicitly, because `from_config` of another
-scheduler's config silently turns clipping on and another spacing with it.
+The schedulers are diffusers' own. They are built explicitly: given the config of another scheduler,
+`from_config` silently turns clipping on and changes the timestep spacing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from invmm.faults import Refusal
 
 _SMALLEST_FIRST_ALPHA, _LARGEST_FIRST_ALPHA = 1e-5, 0.5
 _NO_SIGNAL_ALPHA = 2**-24
-"""What diffusers' samplers that divide by sqrt(alpha-bar) use in place of an alpha-bar of 0."""
+"""Replaces an alpha-bar of 0 in those of diffusers' samplers that divide by sqrt(alpha-bar)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +34,13 @@ class Sampler:
         num_inference_steps: denoising steps (Heun evaluates the network twice in most of them).
         eta: noise that DDIM adds, 0 (none) to 1 (as much as DDPM).
         timestep_spacing: which of the training timesteps are visited; "trailing" starts at the
-            last one, as the published code does. Of a flow, "linspace" ends at the smallest
-            sigma, as the pipeline of Stable Diffusion 3 does, "trailing" a whole step before 0.
+            last one, as the published code does. On a rectified flow, "linspace" ends at the
+            smallest sigma, as the pipeline of Stable Diffusion 3 does, "trailing" a whole step
+            before 0.
         clip_sample: clip the predicted clean latents to [-1, 1] at each step.
-        guidance_scales: of a conditional model; an image counts as replicated if it is at any of
-            them (paper: 1 to 7). A scale of 1 or less evaluates the network once a step, a
-            greater one twice.
+        guidance_scales: scales of classifier-free guidance for a conditional model; an image counts
+            as replicated if any of them replicates it (paper: 1 to 7). A scale of 1 or less
+            evaluates the network once a step, a greater one twice.
 
     Raises:
         ValueError: an option that the scheduler does not have.
@@ -122,7 +123,7 @@ class Sampler:
             )
 
     def check_kind(self, prediction_type: str) -> None:
-        """Refuses a sampler that was not made for what the model predicts.
+        """Refuses a flow sampler for a model that is no rectified flow, and the reverse.
 
         Raises:
             ValueError: naming the key, the value and the cure.
@@ -229,7 +230,7 @@ def draw(
         noise: (B, C, H, W) in units of the prior's standard deviation.
         sampler: scheduler and steps.
         schedule: the trained schedule.
-        seeds: one a row, for stochastic samplers; a row's result depends on its own seed only.
+        seeds: one per row, for stochastic samplers; a row's result depends on its own seed only.
 
     Returns:
         (B, C, H, W) clean latents.

@@ -1,8 +1,8 @@
-"""The forward process and the conversions between what networks predict.
+"""The forward process, and the clean latents and noise that a network's output implies.
 
 Legend: signal -> sqrt(alpha-bar_t), or 1 - sigma_t of a rectified flow; noise_scale ->
 sqrt(1 - alpha-bar_t), or sigma_t; clean_latents -> x_0; noisy_latents -> x_t; noise -> epsilon.
-All models that predict something else than the noise are converted here and nowhere else.
+Outputs of all prediction types are converted here and nowhere else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _Read = TypeVar("_Read")
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 _MAX_OVERSAMPLING = 50.0
-"""Ours: how many times as often as uniformly `draw_weights` may draw a noise level."""
+"""Largest probability of a noise level under `draw_weights`, in multiples of 1 / T (ours)."""
 _ROUNDING = 1e-6
 _BETAS_WITHOUT_SIGNAL = (
     "the betas leave no signal at the last timestep, where a predicted noise "
@@ -39,7 +39,7 @@ _BETAS_WITHOUT_SIGNAL = (
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """x_t = signal_t * x_0 + noise_scale_t * noise, and what the network predicts of it.
+    """x_t = signal_t * x_0 + noise_scale_t * noise, and the quantity that the network predicts.
 
     Attributes:
         signals: (T,) float32, falling from about 1 to about 0.
@@ -48,7 +48,8 @@ class NoiseSchedule:
             rectified flow.
         prediction_type: what the network was trained to output.
         trained: the diffusers scheduler keys (`TRAINED_KEYS` or `FLOW_KEYS`) from which any
-            sampler is built. Betas are stored as numbers, as no class knows every beta_schedule.
+            sampler is built. Betas are stored as numbers, since no scheduler class knows every
+            beta_schedule.
     """
 
     signals: Tensor
@@ -66,16 +67,16 @@ class NoiseSchedule:
                 `DDPMScheduler`, or of a rectified flow if `shift` is among them.
 
         Raises:
-            ValueError: it cannot be read exactly, see `scheduler_config`, a beta is not between 0
-                and 1, or a noise predictor has no signal at the last timestep.
+            ValueError: the schedule cannot be read exactly (see `scheduler_config`), a beta is not
+                between 0 and 1, or a noise predictor has no signal at the last timestep.
         """
         keys = resolved(config)
         if class_of(config) in FLOW_SCHEDULERS:
             sigmas = scheduler_class(FLOW_SCHEDULERS[0])(**keys).sigmas.float().flip(0)
             return cls(1 - sigmas, sigmas, sigmas * len(sigmas), "flow", keys)
         formula = {key: keys[key] for key in ("beta_start", "beta_end", "beta_schedule")}
-        own = {"num_train_timesteps": keys["num_train_timesteps"]}
-        options = {**own, **formula, "trained_betas": keys["trained_betas"]}
+        length = {"num_train_timesteps": keys["num_train_timesteps"]}
+        options = {**length, **formula, "trained_betas": keys["trained_betas"]}
         try:
             betas = scheduler_class(class_of(config))(**options).betas
         except NotImplementedError:
@@ -94,23 +95,23 @@ class NoiseSchedule:
                 "between 0 and 1, check beta_start, beta_end and trained_betas"
             )
         trained = {
-            **own,
+            **length,
             "trained_betas": betas.tolist(),
             "rescale_betas_zero_snr": bool(keys.get("rescale_betas_zero_snr")),
             "prediction_type": keys["prediction_type"],
         }
         alphas_cumprod = scheduler_class("DDPMScheduler")(**trained).alphas_cumprod.float()
-        found = cls(
+        schedule = cls(
             alphas_cumprod.sqrt(),
             (1 - alphas_cumprod).sqrt(),
             torch.arange(len(alphas_cumprod)),
             keys["prediction_type"],
             trained,
         )
-        if not found.clean_latents_weights.sum().isfinite():
+        if not schedule.clean_latents_weights.sum().isfinite():
             is_rescaled = keys.get("rescale_betas_zero_snr")
             raise ValueError(ZERO_TERMINAL_SNR if is_rescaled else _BETAS_WITHOUT_SIGNAL)
-        return found
+        return schedule
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:
@@ -121,22 +122,22 @@ class NoiseSchedule:
                 not those of its config.
         """
         name = type(scheduler).__name__
-        found = cls.from_config({**getattr(scheduler, "config", {}), "_class_name": name})
+        schedule = cls.from_config({**getattr(scheduler, "config", {}), "_class_name": name})
         if type(scheduler) is not scheduler_class(name):
             raise ValueError(f"this {name} is not diffusers' own; use a scheduler of diffusers")
-        if found.is_flow:  # compared by shift, as sampling overwrites the sigmas
+        if schedule.is_flow:  # compared by shift, as sampling overwrites the sigmas
             key = cure = "shift"
-            expected = torch.tensor([float(found.trained["shift"])])
-            own = torch.tensor([float(vars(scheduler).get("_shift", expected))])
+            expected = torch.tensor([float(schedule.trained["shift"])])
+            actual = torch.tensor([float(vars(scheduler).get("_shift", expected))])
         else:
             key, cure = "alphas_cumprod", "trained_betas"
-            own, expected = scheduler.alphas_cumprod.cpu().float(), found.alphas_cumprod
-        if own.shape != expected.shape or not (own - expected).abs().max() <= _ROUNDING:
+            actual, expected = scheduler.alphas_cumprod.cpu().float(), schedule.alphas_cumprod
+        if actual.shape != expected.shape or not (actual - expected).abs().max() <= _ROUNDING:
             raise ValueError(
                 f"the {key} of the {name} is not what its config says; make the scheduler anew "
                 f"with {cure}= instead of changing it"
             )
-        return found
+        return schedule
 
     @property
     def num_train_timesteps(self) -> int:
@@ -155,7 +156,7 @@ class NoiseSchedule:
 
     @cached_property
     def clean_latents_weights(self) -> Tensor:
-        """(T,) factor from a squared error of the raw output to that of the clean latents."""
+        """(T,) squared error of the predicted clean latents per squared error of the raw output."""
         return {
             "epsilon": (self.noise_scales / self.signals).square(),
             "v_prediction": self.noise_scales.square(),
@@ -165,13 +166,13 @@ class NoiseSchedule:
 
     @cached_property
     def draw_weights(self) -> Tensor:
-        """(T,) unnormalised probabilities by which `draw_levels` draws noise levels by weight.
+        """(T,) unnormalised probabilities with which `draw_levels` draws noise levels by weight.
 
         These are `clean_latents_weights`, clamped so that no level is drawn more than 50 times as
-        often as uniformly. Linear and scaled-linear betas stay below 20 and are not clamped; of
-        cosine betas, whose alpha-bar ends at 2e-9, the last level alone would take 99.8 % of the
-        draws. `importance_weights` are those of the clamped probabilities, so expectations stay
-        unbiased: a clamped level is drawn less often, and each draw of it counts more.
+        often as by a uniform draw. Linear and scaled-linear betas stay below 20 times and are not
+        clamped; with cosine betas, whose alpha-bar ends at 2e-9, the last level alone would take
+        99.8 % of the draws. `importance_weights` are computed from the clamped probabilities, so
+        expectations stay unbiased: a clamped level is drawn less often, but each draw counts more.
         """
         weights, max_share = self.clean_latents_weights, _MAX_OVERSAMPLING / len(self.signals)
         descending, _ = weights.double().sort(descending=True)
@@ -187,7 +188,7 @@ class NoiseSchedule:
 
     @cached_property
     def importance_weights(self) -> Tensor:
-        """(T,) factors that keep means unbiased if timesteps are drawn by `draw_weights`."""
+        """(T,) factors on losses that keep their mean unbiased under draws by `draw_weights`."""
         return self.draw_weights.mean() / self.draw_weights
 
     @cached_property
@@ -236,9 +237,9 @@ class NoiseSchedule:
         """(count,) indices of noise levels, on the CPU.
 
         Args:
-            count: of levels.
-            rng: on the CPU.
-            by_weight: in proportion to `draw_weights`, not uniform.
+            count: how many.
+            rng: a generator on the CPU.
+            by_weight: draw in proportion to `draw_weights`, not uniformly.
         """
         if by_weight:
             return torch.multinomial(self.draw_weights, count, True, generator=rng)
@@ -249,7 +250,7 @@ def read_scheduler(source: str, read: Callable[[], _Read]) -> _Read:
     """Returns `read()`; any exception that it raises becomes one line.
 
     Args:
-        source: whose scheduler is read, as errors name it.
+        source: the model that the scheduler belongs to, for messages.
         read: reads a scheduler's config or object.
 
     Raises:
@@ -274,13 +275,13 @@ def schedule_of(pipeline: Any) -> NoiseSchedule:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """A network's output together with what is needed to read it.
+    """A network's output, and what is needed to compute clean latents or noise from it.
 
     Attributes:
         output: (B, C, H, W) raw output.
-        noisy_latents: (B, C, H, W) what the network saw.
-        timesteps: (B,) as the network was told.
-        schedule: what the output means.
+        noisy_latents: (B, C, H, W) the network's input.
+        timesteps: (B,) the network's timestep input.
+        schedule: the trained schedule with the prediction type.
     """
 
     output: Tensor

@@ -1,6 +1,6 @@
-"""What a diffusers scheduler says of the schedule that a model was trained with.
+"""Reads the schedule that a model was trained with from the config of a diffusers scheduler.
 
-Its config mixes two things: the trained schedule (betas, what the network predicts, or the shift of
+Such a config mixes two things: the trained schedule (betas and the prediction type, or the shift of
 a rectified flow) and how the pipeline samples (spacing, Karras sigmas, solver order, clipping).
 Only the former is read here; `Sampler` replaces the latter. Classes and keys whose schedule cannot
 be expressed by betas or a shift are refused. Torch and diffusers are imported only where they are
@@ -96,7 +96,7 @@ _CURES: Mapping[str, str] = {
 
 
 def why_refused(class_name: str) -> str:
-    """Why a scheduler class in neither table is refused, and the cure, for messages."""
+    """The reason and the cure in messages that refuse a scheduler class listed nowhere above."""
     if class_name.rpartition(".")[2] in DISTILLED:
         return (
             "it samples distilled models, which is not supported; measure the model that they were "
@@ -168,20 +168,20 @@ ZERO_TERMINAL_SNR = (
 
 
 def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The trained keys of a config; keys that it leaves out get the defaults of its own class.
+    """The trained keys of a config; keys that it lacks get the defaults of its scheduler class.
 
     Raises:
-        ValueError: as `check_config`; its class ignores a key; or a package is missing.
+        ValueError: as `check_config`; a key that the class ignores; or a package is missing.
     """
     check_config(config)
-    found = scheduler_class(class_of(config))
-    parameters = signature(found.__init__).parameters
-    keys = FLOW_KEYS if found.__name__ in FLOW_SCHEDULERS else TRAINED_KEYS
+    scheduler = scheduler_class(class_of(config))
+    parameters = signature(scheduler.__init__).parameters
+    keys = FLOW_KEYS if scheduler.__name__ in FLOW_SCHEDULERS else TRAINED_KEYS
     ignored = "rescale_betas_zero_snr"
     if config.get(ignored) and ignored not in parameters:
         raise ValueError(
-            f"{ignored}=true is ignored by the {found.__name__}; name a DDIMScheduler if the model "
-            f"was trained so, or use {ignored}=false"
+            f"{ignored}=true is ignored by the {scheduler.__name__}; name a DDIMScheduler if the "
+            f"model was trained so, or use {ignored}=false"
         )
     return {k: config.get(k, parameters[k].default) for k in keys if k in parameters}
 
@@ -194,14 +194,14 @@ def scheduler_class(name: str) -> Any:
     """
     import diffusers
 
-    found = getattr(diffusers, name)
+    scheduler = getattr(diffusers, name)
     # In place of classes that cannot be imported, diffusers has dummies with this attribute.
-    if hasattr(found, "_backends"):
+    if hasattr(scheduler, "_backends"):
         raise ValueError(
-            f"{name} needs the packages {' and '.join(found._backends)}; install them, or name a "
-            "DDIMScheduler with the same betas"
+            f"{name} needs the packages {' and '.join(scheduler._backends)}; install them, or name "
+            "a DDIMScheduler with the same betas"
         )
-    return found
+    return scheduler
 
 
 def _check_shift(shift: Any) -> None:
