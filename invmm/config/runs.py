@@ -225,12 +225,12 @@ def _check_shard(part: _Parts, faults: list[Fault]) -> None:
         return
     _collect(lambda: Shard.parse(shard), faults)
     engine: EngineSettings | None = part("engine", EngineSettings)
-    if engine is not None and engine.open:
+    if engine is not None and engine.rows_to_measure:
         line = (
-            f"engine.{engine.open[0]}=auto may be measured differently on each machine, and "
-            f"shard={shard} is to give the records of one run; give a number of rows"
+            f"engine.{engine.rows_to_measure[0]}=auto may be measured differently on each machine, "
+            f"and shard={shard} is to give the records of one run; give a number of rows"
         )
-        faults.append(Fault(line, f"engine.{engine.open[0]}", "shard"))
+        faults.append(Fault(line, f"engine.{engine.rows_to_measure[0]}", "shard"))
 
 
 def _check_size(dataset_size: Any, model_size: Any, faults: list[Fault]) -> None:

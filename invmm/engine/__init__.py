@@ -1,1 +1,1 @@
-"""Requests, slots and outcomes: how many measurements share one network."""
+"""The engine: many measurements share one network through requests, slots and outcomes."""

@@ -20,9 +20,9 @@ class Tally:
 
     Attributes:
         forward, backward, sampler: rows; see `Evaluations`.
-        graph_rows: rows whose graph is kept for a backward that has not come yet.
-        holds_graph: whether there are such rows, of the network or of a text encoder.
-        seconds: by kind.
+        graph_rows: rows of the network whose graph is kept for a later backward.
+        holds_graph: whether any graph is kept, of the network or of a text encoder.
+        seconds: by kind of work.
     """
 
     forward: int = 0
@@ -33,19 +33,19 @@ class Tally:
     seconds: Counter[Spent] = field(default_factory=Counter)
 
     def evaluated(self, rows: int, *, keep_graph: bool, in_sampler: bool = False) -> None:
-        """Books rows that went through the network."""
+        """Adds rows that went through the network."""
         self.forward += rows
         self.sampler += rows * in_sampler
         self.graph_rows += rows * keep_graph
         self.holds_graph |= keep_graph
 
     def backpropagated(self) -> None:
-        """Books the backward of all rows whose graph was kept."""
+        """Adds the backward of all rows whose graph was kept."""
         self.backward += self.graph_rows
         self.forget_graph()
 
     def forget_graph(self) -> None:
-        """After a backward, or when an image starts anew."""
+        """Counts kept graphs as gone, after a backward or when an image starts anew."""
         self.graph_rows, self.holds_graph = 0, False
 
     def evaluations(self) -> Evaluations:
@@ -60,8 +60,8 @@ class Tally:
 class Stopwatch:
     """Splits the time of shared calls among their images, in proportion to their rows.
 
-    On a GPU the host runs ahead, so time is taken by events on the device and read only when it
-    has come to them; nothing ever waits for the clock.
+    On a GPU the host runs ahead of the device, so calls are timed by CUDA events. They are read
+    when the device has passed them; the host waits for them only in `settle(wait=True)`.
 
     Args:
         device: of the network.
@@ -74,7 +74,7 @@ class Stopwatch:
 
     @contextmanager
     def time(self, kind: Spent, rows: Mapping[Tally, float]) -> Iterator[None]:
-        """Books the time of the block on the tallies, whether or not it raises."""
+        """Adds the time of the block to the tallies, even if it raises."""
         start = self._now()
         try:
             yield
@@ -83,7 +83,7 @@ class Stopwatch:
             self.settle(wait=False)
 
     def settle(self, *, wait: bool) -> None:
-        """Books every block that the device has finished; on request waits for all of them."""
+        """Adds the time of every block that the device has finished, or waits for all blocks."""
         while self._running:
             kind, start, end, rows = self._running[0]
             if self._on_gpu:
@@ -96,9 +96,9 @@ class Stopwatch:
                 seconds = end - start
             self._running.pop(0)
             self.total[kind] += seconds
-            whole = sum(rows.values())
-            for tally, share in rows.items():
-                tally.seconds[kind] += seconds * share / whole
+            total_rows = sum(rows.values())
+            for tally, own_rows in rows.items():
+                tally.seconds[kind] += seconds * own_rows / total_rows
 
     def _now(self) -> Any:
         if not self._on_gpu:
@@ -113,16 +113,16 @@ class EngineSummary:
     """How one engine spent its time.
 
     Attributes:
-        images: that ended.
-        slots: images in flight at most.
+        images: number of images that ended.
+        slots: largest number of images in flight.
         seconds: wall time.
-        by_kind: what it was spent on; what is missing is packing rows and waiting for the disk.
-        consumer: seconds in which whoever takes the outcomes wrote them.
+        by_kind: seconds by kind of work; packing rows and waiting for the disk have no kind.
+        consumer: seconds that the caller took to process outcomes, such as writing them.
         idle_slot_seconds: slots without an image while more images waited.
         tail_slot_seconds: slots without an image because none was left.
-        calls: of the network, by request.
-        rows: real rows of those calls.
-        padding: rows that filled them up.
+        calls: groups of requests answered.
+        rows: rows of their network calls, without padding.
+        padding: rows added to fill those calls.
     """
 
     images: int = 0

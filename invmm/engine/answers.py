@@ -1,4 +1,4 @@
-"""How each request is answered: packed with those like it, in calls of a constant row count."""
+"""Answers requests: those of a kind are packed together, in calls of a constant row count."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from invmm.engine.slots import Slot
 
 
 class Answers:
-    """The network and the similarity network, asked by many images at once.
+    """Answers the requests of many images with the network and the similarity network.
 
     Args:
         network: the frozen model.
         similarity: the frozen similarity network.
-        rows: of a call, by request; may be lowered between calls.
-        stopwatch: books the time of each call.
+        rows: type of request -> rows per call; the engine may lower them between calls.
+        stopwatch: takes the time of each call.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Answers:
         self.rows, self.stopwatch = rows, stopwatch
 
     def __call__(self, group: Sequence[Slot], slots: Sequence[Slot]) -> Sequence[Any]:
-        """One answer, or error, for each slot of a group that `next_group` put together."""
+        """Answers a group from `next_group`: one answer or error per slot."""
         kind = type(group[0].request)
         if kind is Minimise:
             return self._minimise(group, slots)

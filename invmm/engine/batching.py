@@ -33,7 +33,7 @@ def in_calls(
 def conditions_in_calls(
     function: Callable[..., Condition], columns: Sequence[Sequence[Tensor]], rows: int
 ) -> list[Condition]:
-    """The same for a function that returns a condition."""
+    """As `in_calls`, for a function that returns a condition."""
     calls, sizes = _packed(columns, rows)
     outputs = [function(*call) for call in calls]
     split = {name: torch.cat([out[name] for out in outputs]).split(sizes) for name in outputs[0]}
@@ -43,7 +43,10 @@ def conditions_in_calls(
 def _packed(
     columns: Sequence[Sequence[Tensor]], rows: int
 ) -> tuple[Iterator[tuple[Tensor, ...]], list[int]]:
-    """The tensors of each call, and how the rows of all calls split: by request, then padding."""
+    """The tensors of each call, and the row counts that all rows split into.
+
+    The counts are those of the requests in order, then that of the padding.
+    """
     sizes = [len(request[0]) for request in columns]
     inputs = [torch.cat(tensors) for tensors in zip(*columns, strict=True)]
     if padding := -sum(sizes) % rows:
@@ -62,24 +65,24 @@ def condition_values(request: Denoise | Sample) -> list[Tensor]:
 
 
 def by_names(names: Sequence[str], values: Sequence[Tensor]) -> Condition | None:
-    """A condition put together again."""
+    """The inverse of `condition_values`; None without names."""
     return dict(zip(names, values, strict=True)) or None
 
 
 def rows_like(kind: type) -> type:
-    """The kind of request whose number of rows a call for this kind has."""
+    """The type of request whose configured rows per call hold for this type too."""
     return Denoise if kind in (EncodePrompt, Minimise) else kind
 
 
 def num_rows(request: Any) -> int:
-    """Rows that a request asks for."""
+    """Rows of a request's tensors."""
     if isinstance(request, EncodePrompt):
         return len(next(iter(request.embeddings.values())))
     return len(request.noise if isinstance(request, Sample) else request.latents)
 
 
 def needs_grad(request: Denoise | Sample | EncodePrompt) -> bool:
-    """Whether the answer keeps its graph."""
+    """Whether the answer keeps its graph: an input requires grad."""
     if isinstance(request, EncodePrompt):
         return any(value.requires_grad for value in request.embeddings.values())
     main = request.noise if isinstance(request, Sample) else request.latents
@@ -87,7 +90,7 @@ def needs_grad(request: Denoise | Sample | EncodePrompt) -> bool:
 
 
 def signature(request: Any) -> tuple[Any, ...]:
-    """Requests with the same signature can share a network call."""
+    """A key of a request; requests with equal keys can share a network call."""
     if isinstance(request, Embed):
         return (Embed, request.latents.shape[1:])
     if isinstance(request, EncodePrompt):

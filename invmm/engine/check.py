@@ -1,4 +1,4 @@
-"""The question that every measurement asks: is what the model draws a replica of the image?"""
+"""The replication check: samples from given noises, and counts replicas of the image."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Check:
-    """What one check saw, at the guidance scale that decided it.
+    """The result of a replication check, at the guidance scale that decided it.
 
     Attributes:
-        similarities: (n,) of the samples drawn; fewer than it was given noises if those decided.
-        pixels: (n, 3, H, W) the samples.
-        replicas: how many of them are.
-        passed: enough of all noises replicate.
+        similarities: (n,) of the samples to the image; fewer than the noises after an early exit.
+        pixels: (n, 3, H, W) of the samples, in [-1, 1].
+        replicas: number of samples that replicate the image.
+        passed: whether enough of the noises replicate it.
         guidance_scale: the first that passed; if none did, the one that came closest.
     """
 
@@ -36,7 +36,7 @@ class Check:
 
     @property
     def best(self) -> float:
-        """The highest similarity seen."""
+        """The highest similarity of a sample."""
         return self.similarities.max().item()
 
     @property
@@ -93,12 +93,12 @@ async def compare(
     *,
     guidance_scale: float,
 ) -> Check:
-    """Samples from all of the noises (n, C, H, W), whatever the first ones show, and compares.
+    """Samples from all of the given noises and compares with the target; never stops early.
 
     Args:
-        noise: as of `check_replication`, like condition, target and setting.
-        condition: of them.
-        seeds: one a noise, for samplers that draw noise of their own.
+        noise: (n, C, H, W).
+        condition: n rows that belong to the noises, or None.
+        seeds: one per noise, for samplers that draw noise of their own.
         target: the image.
         setting: sampler and criterion.
         guidance_scale: of all samples.
@@ -113,12 +113,12 @@ async def compare(
 
 
 def deciding_failures(num_samples: int, lowest_rate: float) -> int:
-    """The number of samples that must fail for the rate to be out of reach; draw no fewer."""
+    """The least number of failing samples that puts the rate out of reach."""
     return num_samples - math.ceil(lowest_rate * num_samples - _ROUNDING) + 1
 
 
 def starting_with(first: float | None, guidance_scales: Sequence[float]) -> list[float]:
-    """The scales in their order, but the one that came closest before is tried first."""
+    """The scales with `first`, the one that came closest before, moved to the front."""
     return sorted(guidance_scales, key=lambda scale: scale != first)
 
 
@@ -131,7 +131,7 @@ async def _check_at(
     setting: Setting,
     most_failures: int,
 ) -> Check:
-    """In rounds, until all are drawn or too many failed."""
+    """Draws in rounds until all noises are sampled or too many failed."""
     rounds: list[Check] = []
     failures = 0
     first = most_failures + 1 if setting.criterion.early_exit else len(noise)
@@ -159,7 +159,7 @@ async def _check_at(
 
 
 def _rounds(count: int, first: int) -> Iterator[slice]:
-    """Each round after the first doubles what has been drawn: 1, 1, 2, 4, ..."""
+    """Rows of each round; after the first, a round doubles the samples so far: 1, 1, 2, 4, ..."""
     start = 0
     while start < count:
         stop = min(count, max(first, 2 * start))

@@ -17,11 +17,12 @@ class ReplicationCriterion:
             something only together with the similarity network and the data; calibrate it with
             `invmm-threshold`.
         num_samples: samples that must all replicate (paper: 8).
-        early_exit: draw samples in rounds of 1, 1, 2, 4, ... and stop at the first that fails, or
-            where a rate is asked for, at the failure that puts it out of reach. The decision is
+        early_exit: draw samples in rounds of 1, 1, 2, 4, ... and stop at the first that fails; if
+            only a share must replicate, at the failure that puts it out of reach. The decision is
             the same; most checks then cost an eighth (ours).
-        num_confirm: fresh samples of a distribution that has passed, for its rate, the exact
-            interval and the certificate; they change no score. 0 draws none (ours).
+        num_confirm: fresh samples drawn from a distribution that has passed, for its replication
+            rate with an exact interval and a certificate; they change no score. 0 draws none
+            (ours).
     """
 
     threshold: Annotated[float, Ge(-1), Le(1)] = 0.5
@@ -32,14 +33,15 @@ class ReplicationCriterion:
 
 @dataclass(frozen=True, kw_only=True)
 class Passing:
-    """What a search asked of its checks before it called an image REPLICATED.
+    """The test that an image had to pass in a search to be REPLICATED.
 
     Attributes:
-        count: replicas among the samples of one check, at least.
-        num_samples: of a check.
-        looks: checks that were made until one passed; most of them show another distribution.
-        confidence: of the interval of the rate that is recorded with it.
-        is_recorded: the recorded count is that of this check, not of samples drawn after it.
+        count: least number of replicas among the samples of a check that passes.
+        num_samples: samples of a check.
+        looks: largest number of checks made, any of which could have passed; most of them see
+            different distributions.
+        confidence: of the recorded interval of the rate.
+        is_recorded: whether the record holds the count of this check, not of later samples.
     """
 
     count: int

@@ -42,7 +42,7 @@ class Engine:
         settings: slots and rows per call.
 
     Raises:
-        ValueError: a row count is still open; see `EngineSettings.chosen`.
+        ValueError: a row count is still "auto"; see `EngineSettings.chosen`.
     """
 
     def __init__(self, network: Network, similarity: Similarity, settings: EngineSettings) -> None:
@@ -51,18 +51,18 @@ class Engine:
             Sample: settings.rows_sample,
             Embed: settings.rows_embed,
         }
-        if settings.open:
-            raise ValueError(f"engine.{settings.open[0]}=auto was not measured")
+        if settings.rows_to_measure:
+            raise ValueError(f"engine.{settings.rows_to_measure[0]}=auto was not measured")
         self.rows: dict[type, int] = rows
         self.stopwatch = Stopwatch(network.device)
         self.summary = EngineSummary()
         self._answers = Answers(network, similarity, self.rows, self.stopwatch)
-        # With one image a row in flight, some call is always full.
+        # With as many images in flight as all calls have rows, one call is always full.
         self._max_slots = sum(rows.values()) if settings.slots == "auto" else settings.slots
         self._num_slots = 1 if settings.slots == "auto" else settings.slots
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Outcome]]:
-        """Yields each job with its outcome as soon as it has ended; takes jobs as slots free up."""
+        """Yields each job with its outcome as soon as it ends; takes a new job per free slot."""
         queue = iter(jobs)
         slots: list[Slot] = []
         exhausted = False
@@ -87,7 +87,7 @@ class Engine:
                 slots.sort(key=lambda slot: slot.asked)
             for slot in [slot for slot in slots if slot.outcome]:
                 slots.remove(slot)
-                outcome = self._priced(slot)
+                outcome = self._with_costs(slot)
                 before = time.perf_counter()
                 yield slot.job, outcome
                 self.summary.consumer += time.perf_counter() - before
@@ -112,7 +112,7 @@ class Engine:
     # Life of a slot -------------------------------------------------------------------------
 
     def _start(self, slot: Slot) -> Slot:
-        """Prepares the image; whatever is wrong with it ends this image only."""
+        """Prepares the image; an error ends this image only."""
         slot.tally.forget_graph()
         slot.watch = Watch()
         try:
@@ -125,7 +125,7 @@ class Engine:
         return slot
 
     def _resume(self, slot: Slot, answer: Any) -> None:
-        """Hands an answer (or throws an error) into the measurement, up to its next request."""
+        """Gives the measurement its answer (or throws an error) and runs it to its next request."""
         assert slot.coroutine is not None
         seed = torch.initial_seed()
         slot.request = None
@@ -157,7 +157,7 @@ class Engine:
                 slot.outcome = _ended_by(TypeError(f"{slot.request!r} is not a request"))
 
     def _make_room(self, kind: type, group: Sequence[Slot], error: Exception) -> None:
-        """Out of memory: fewer rows a call; images whose backward was lost start anew."""
+        """After out of memory, halves the rows per call; images that lost a backward start anew."""
         target = rows_like(kind)
         if self.rows[target] == 1:
             for slot in group:
@@ -186,7 +186,7 @@ class Engine:
         else:
             self.summary.idle_slot_seconds += slot_seconds
 
-    def _priced(self, slot: Slot) -> Outcome:
+    def _with_costs(self, slot: Slot) -> Outcome:
         assert slot.outcome is not None
         self.summary.images += 1
         self.stopwatch.settle(wait=True)
@@ -215,7 +215,7 @@ def _diverged_unless_finite(outcome: Outcome, watch: Watch) -> Outcome:
 
 
 def _leaked_state(seed: int) -> str | None:
-    """What a measurement left switched on when it handed control back."""
+    """The global state that a measurement left changed when it handed control back, or None."""
     if not torch.is_grad_enabled():
         return "no_grad"
     if torch.is_inference_mode_enabled():

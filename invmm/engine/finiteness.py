@@ -108,9 +108,9 @@ def check_finite(answers: Iterable[tuple[Stage, Tensor | Condition | None]]) -> 
     Raises:
         NonFiniteError: naming the first stage and the cure.
     """
-    found = [(stage, value) for stage, answer in answers for value in _floats(answer)]
-    finite = are_finite([value for _, value in found])
-    for (stage, _), is_finite in zip(found, finite, strict=True):
+    tensors = [(stage, value) for stage, answer in answers for value in _floats(answer)]
+    finite = are_finite([value for _, value in tensors])
+    for (stage, _), is_finite in zip(tensors, finite, strict=True):
         if not is_finite:
             raise NonFiniteError(stage)
 

@@ -1,4 +1,4 @@
-"""Telling that memory ran out."""
+"""Recognises errors that mean that memory ran out."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a call would have gone well with fewer rows."""
+    """Whether a call failed for lack of memory, so that fewer rows may succeed."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

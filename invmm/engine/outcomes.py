@@ -22,9 +22,9 @@ class Status(StrEnum):
     """The replication probability was estimated, or bounded from below by a certificate (column
     `method`); the score is -log p per latent dimension."""
     CENSORED = "CENSORED"
-    """It lies below what the budget could resolve: no score, but an upper bound of p."""
+    """The probability is below what the budget can resolve: no score, but an upper bound of p."""
     SCORED = "SCORED"
-    """A membership score, which knows no threshold; lower means more like a training image."""
+    """A membership score, which has no threshold; lower means more like a training image."""
     DIVERGED = "DIVERGED"
     """A loss or a sample stopped being finite; lower the learning rate or use fp32."""
     FAILED = "FAILED"
@@ -38,7 +38,7 @@ class Status(StrEnum):
 
     @property
     def is_censored(self) -> bool:
-        """Whether the budget ended before one was."""
+        """Whether the budget ended before a score was found."""
         return self in (Status.NOT_REPLICATED, Status.CENSORED)
 
 
@@ -66,7 +66,7 @@ class Evaluations:
         return self.forward + self.backward
 
     def __add__(self, other: Evaluations) -> Evaluations:
-        """Of both together."""
+        """The sum of both."""
         return Evaluations(
             forward=self.forward + other.forward,
             backward=self.backward + other.backward,
@@ -74,7 +74,7 @@ class Evaluations:
         )
 
     def __mul__(self, times: int) -> Evaluations:
-        """So often."""
+        """The evaluations of so many repetitions."""
         return Evaluations(
             forward=self.forward * times,
             backward=self.backward * times,
@@ -95,11 +95,11 @@ class CostRange:
     most: Evaluations
 
     def __add__(self, other: Evaluations) -> CostRange:
-        """With something that is needed in any case."""
+        """The range shifted by evaluations that are needed in any case."""
         return CostRange(fewest=self.fewest + other, most=self.most + other)
 
     def __mul__(self, times: int) -> CostRange:
-        """So often."""
+        """The range of so many repetitions."""
         return CostRange(fewest=self.fewest * times, most=self.most * times)
 
 
@@ -133,18 +133,18 @@ class Seconds:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Everything a measurement found out about one image.
+    """The result of a measurement for one image.
 
     Attributes:
         status: how it ended.
-        score: the measure per latent dimension (InvMM: nats); None unless replicated.
-        score_nats: the measure summed over latent dimensions; None unless replicated.
+        score: the measure per latent dimension (InvMM: nats); None unless `status.has_score`.
+        score_nats: the measure summed over latent dimensions; None for membership scores too.
         replication_rate: share of samples that replicate, None unless a full set was drawn.
         best_similarity: highest similarity of any sample drawn, in [-1, 1].
         steps: optimiser steps taken.
         error: one line, for DIVERGED and FAILED.
-        curves: name -> values over the run; each comes with "<name>_step" where it is sparse.
-        tensors: what was found (for an inversion the mean and log-variance of the noise).
+        curves: name -> values over the run; a sparse curve has its steps in "<name>_step".
+        tensors: arrays by name (of an inversion, mean and log-variance of the noise).
         samples: (N, 3, H, W) pixels in [-1, 1] of the closest check, best first.
         columns: further columns of the score table that only this measurement has.
         evaluations: counted by the engine.

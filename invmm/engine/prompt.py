@@ -1,4 +1,4 @@
-"""A prompt that is searched together with the noise: how, and out of which tokens."""
+"""A prompt that is searched together with the noise: the settings, and the tokens to search."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ class PromptSearch:
     """How a prompt is searched.
 
     Attributes:
-        temperature: of the relaxed tokens; the lower, the nearer to single tokens (paper: 2).
-        num_tokens: free places; what follows the end is padding, as the tokenizer pads. null takes
-            all places between begin and end (paper: 75 of CLIP's 77).
+        temperature: of the Gumbel-softmax; the lower, the nearer draws are to single tokens
+            (paper: 2).
+        num_tokens: number of tokens that are searched; the end token and the tokenizer's padding
+            follow them. null takes all places between begin and end (paper: 75 of CLIP's 77).
         encoders: text encoders that read the searched prompt; the others read the image's caption.
             null takes text_encoder (paper), for Stable Diffusion XL text_encoder_2 too (ours).
         check_prompts: "shared" draws one prompt for all samples of a check (release, Stable
-            Diffusion 1 and 2), "each" one for each of them (release, Stable Diffusion 3).
+            Diffusion 1 and 2), "each" draws one prompt per sample (release, Stable Diffusion 3).
     """
 
     temperature: Annotated[float, Gt(0)] = 2.0
@@ -33,17 +34,17 @@ class PromptSearch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PromptTokens:
-    """What a searched prompt is made of: begin, free places, end, padding.
+    """The tokens of a searched prompt: begin, free places, end, padding.
 
     Attributes:
         search: how it is searched.
-        num_free: places 1 to num_free are free.
-        tables: encoder -> (V, d) embeddings of its tokens; all encoders have one vocabulary.
-        ids: encoder -> (1, L) tokens; the begin token stands in the free places.
-        fixed: one row of the condition, what the encoders that are not searched make of the
-            caption still in it.
-        reads_caption: whether there are such encoders.
-        decode: the text of token ids.
+        num_free: places 1 to num_free are free: their tokens are searched.
+        tables: encoder -> (V, d) token embeddings; all encoders share one vocabulary.
+        ids: encoder -> (1, L) token ids, with the begin token in the free places.
+        fixed: one row of the condition of a given text; a searched encoder's output replaces its
+            part of it, so the other encoders keep reading that text.
+        reads_caption: whether some encoder is not searched and so reads the image's caption.
+        decode: token ids -> their text.
     """
 
     search: PromptSearch

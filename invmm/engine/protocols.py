@@ -1,4 +1,4 @@
-"""The seams: what the engine needs of a model, of a similarity network and of a measurement."""
+"""The interfaces that the engine needs: a network, a similarity network and a measurement."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Network(Protocol):
 
     Attributes:
         latent_shape: (C, H, W) of one latent.
-        schedule: the noise schedule that it was trained with, and what it predicts.
+        schedule: the noise schedule and prediction type that it was trained with.
         device: where latents live.
     """
 
@@ -54,12 +54,12 @@ class TextNetwork(Network, Protocol):
     """A network whose prompt can be searched."""
 
     def encode_prompt(self, embeddings: Condition, ids: Condition, fixed: Condition) -> Condition:
-        """What the text encoders make of token embeddings; rows are independent.
+        """Runs the text encoders on token embeddings; returns B independent rows of condition.
 
         Args:
-            embeddings: encoder -> (B, L, d), without those of the positions.
-            ids: encoder -> (B, L) tokens, which tell where the prompt ends.
-            fixed: B rows of the condition, in which these encoders' part is replaced.
+            embeddings: encoder -> (B, L, d), without position embeddings.
+            ids: encoder -> (B, L) token ids, which show where the prompt ends.
+            fixed: B rows of condition, in which the outputs of these encoders replace their part.
         """
         ...
 
@@ -82,9 +82,9 @@ class Target:
         pixels: (3, H, W) in [-1, 1].
         latents: (1, C, H, W).
         embedding: (D,) unit-norm.
-        condition: one row, or None; several rows take turns.
-        negative: one row like it, what guidance pushes away from; None if there is no guidance.
-        tokens: what a searched prompt is made of, in place of a condition; None if it is given.
+        condition: one row, or several that samples cycle through; None for an unconditional model.
+        negative: one row of the condition that guidance pushes away from; None without guidance.
+        tokens: of a searched prompt, in place of a condition; None if the prompt is given.
     """
 
     image_id: str
@@ -108,17 +108,17 @@ class Target:
         ])  # fmt: skip
 
     def rows(self, count: int) -> Condition | None:
-        """The condition repeated for `count` rows."""
+        """The condition as `count` rows; see `repeated`."""
         return repeated(self.condition, count)
 
     def negative_rows(self, count: int) -> Condition | None:
-        """The negative condition repeated for `count` rows."""
+        """The negative condition as `count` rows."""
         return repeated(self.negative, count)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Setting:
-    """What all images of a run share: how the model draws, and what counts as a replica."""
+    """What all images of a run share: how samples are drawn and judged."""
 
     schedule: NoiseSchedule
     sampler: Sampler
@@ -162,7 +162,7 @@ class Use:
 
 @runtime_checkable
 class Measurement(Protocol):
-    """A question about an image, written as a coroutine over the engine's requests."""
+    """An algorithm that measures one image, as a coroutine that awaits the engine's requests."""
 
     def check(self, use: Use) -> None:
         """Refuses what it cannot be used with.
@@ -175,7 +175,7 @@ class Measurement(Protocol):
     def __call__(
         self, target: Target, setting: Setting, rng: torch.Generator
     ) -> Coroutine[Any, Any, Outcome]:
-        """The algorithm, for one image. All randomness comes from `rng`."""
+        """Measures one image. All randomness comes from `rng`."""
         ...
 
     def cost(self, sampler: Sampler, criterion: ReplicationCriterion) -> CostRange:
@@ -188,12 +188,12 @@ class Searching(Measurement, Protocol):
     """A measurement that searches for a noise distribution and saves it, to be verified."""
 
     def passing(self, criterion: ReplicationCriterion, num_scales: int, steps: int) -> Passing:
-        """What an image had to pass to be REPLICATED.
+        """The test that an image had to pass to be REPLICATED.
 
         Args:
             criterion: of the run.
             num_scales: guidance scales that each check tries.
-            steps: after which the search ended.
+            steps: optimiser steps after which the search ended.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The same measurement several times on each image: one score of a search scatters by chance."""
+"""Repeats a measurement on each image, since the score of a single search scatters by chance."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from invmm.engine.protocols import Measurement, Searching, Setting, Target, Use
 
 @dataclass(frozen=True, kw_only=True)
 class Repeated:
-    """Ends as the median of independent repeats, the lower of the two middle ones if even.
+    """Repeats a measurement independently; the outcome is that of the median repeat.
 
-    Repeats are ordered by score, those without one behind by falling similarity. The image has all
-    that the median repeat found, and columns of its own:
+    Repeats are ordered by score; those without a score come last, by falling similarity. If their
+    number is even, the lower of the two middle ones is taken. These columns are added:
 
-    - repeats: how many; num_found: those with a score.
-    - score_low, score_high: the least and the largest score found.
+    - repeats: their number; num_found: how many have a score.
+    - score_low, score_high: the smallest and the largest score.
 
     A repeat that diverges ends the image as DIVERGED, an error in one as FAILED.
 
     Attributes:
-        measurement: what is repeated.
-        repeats: how often, at least 1.
+        measurement: repeated on each image.
+        repeats: their number, at least 1.
     """
 
     measurement: Measurement
@@ -39,7 +39,7 @@ class Repeated:
         self.measurement.check(use)
 
     async def __call__(self, target: Target, setting: Setting, rng: torch.Generator) -> Outcome:
-        """One repeat after the other, each with randomness of its own; see `Measurement`."""
+        """Runs the repeats in turn, each with a generator of its own; see `Measurement`."""
         outcomes = []
         for repeat in range(self.repeats):
             outcome = await self.measurement(target, setting, _generator(rng, repeat))
@@ -54,9 +54,9 @@ class Repeated:
         return self.measurement.cost(sampler, criterion) * self.repeats
 
     def passing(self, criterion: ReplicationCriterion, num_scales: int, steps: int) -> Passing:
-        """See `Searching`: one of the checks of any repeat."""
-        one = cast(Searching, self.measurement).passing(criterion, num_scales, steps)
-        return replace(one, looks=one.looks * self.repeats)
+        """See `Searching`: any check of any repeat may have passed."""
+        single = cast(Searching, self.measurement).passing(criterion, num_scales, steps)
+        return replace(single, looks=single.looks * self.repeats)
 
 
 def median(outcomes: list[Outcome]) -> Outcome:
@@ -68,17 +68,17 @@ def median(outcomes: list[Outcome]) -> Outcome:
         return True, -(outcome.best_similarity or 0.0)
 
     middle = sorted(outcomes, key=standing)[(len(outcomes) - 1) // 2]
-    found = [outcome.score for outcome in outcomes if outcome.score is not None]
-    own = {
+    scores = [outcome.score for outcome in outcomes if outcome.score is not None]
+    columns = {
         "repeats": len(outcomes),
-        "num_found": len(found),
-        "score_low": min(found, default=None),
-        "score_high": max(found, default=None),
+        "num_found": len(scores),
+        "score_low": min(scores, default=None),
+        "score_high": max(scores, default=None),
     }
-    return replace(middle, columns={**middle.columns, **own})
+    return replace(middle, columns={**middle.columns, **columns})
 
 
 def _generator(rng: torch.Generator, repeat: int) -> torch.Generator:
-    """The randomness of a repeat, whatever the repeats before it drew."""
+    """The generator of a repeat, which does not depend on what earlier repeats drew."""
     digest = hashlib.sha256(f"{rng.initial_seed()}:repeat {repeat}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

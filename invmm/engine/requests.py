@@ -1,4 +1,4 @@
-"""What a measurement may ask of the engine.
+"""The requests that a measurement may await.
 
 A measurement is a coroutine. It never touches the network: it awaits one of the five requests
 below, the engine answers it together with the requests of other images, and the measurement
@@ -54,11 +54,11 @@ class Sample(Request[Tensor]):
 
     Attributes:
         noise: (B, C, H, W) in units of the prior's standard deviation.
-        sampler: which scheduler, how many steps.
+        sampler: scheduler and steps.
         condition: rows that belong to the noise, or None.
-        seeds: one seed a row for samplers that draw noise of their own; see `draw_seeds`.
-        guidance_scale: above 1, the prediction is pushed away from that of `negative`.
-        negative: rows like those of the condition; needed for guidance only.
+        seeds: one seed per row, for samplers that draw noise of their own; see `draw_seeds`.
+        guidance_scale: above 1, predictions are pushed away from those under `negative`.
+        negative: B rows of condition; needed for guidance only.
     """
 
     noise: Tensor
@@ -71,14 +71,14 @@ class Sample(Request[Tensor]):
 
 @dataclass(frozen=True, eq=False)
 class EncodePrompt(Request[Condition]):
-    """Runs the text encoders on token embeddings; the answer has a row of condition for each.
+    """Runs the text encoders on token embeddings; the answer is B rows of condition.
 
     The answer keeps the graph if and only if the embeddings require grad. It costs no evaluation
     of the network.
 
     Attributes:
         embeddings: encoder -> (B, L, d).
-        tokens: what the prompts are made of.
+        tokens: of the searched prompt.
     """
 
     embeddings: Condition
@@ -87,7 +87,7 @@ class EncodePrompt(Request[Condition]):
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """Decoded samples and what the similarity network says of them.
+    """Decoded samples and their embeddings by the similarity network.
 
     Attributes:
         pixels: (B, 3, H, W) in [-1, 1] (clamped).
@@ -113,8 +113,8 @@ class Embed(Request[Embedding]):
 class Minimise(Request[None]):
     """Backpropagates a scalar loss into the leaves that the measurement owns.
 
-    Whether it is finite is the measurement's to see, when it reads its losses: looking at each one
-    would make the host wait for the device at every step.
+    The engine does not check that the loss is finite, since that would make the host wait for the
+    device at every step; the measurement checks when it reads its losses.
     """
 
     loss: Tensor

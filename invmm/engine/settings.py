@@ -1,4 +1,4 @@
-"""How images share the network, and how that is chosen where it is left open."""
+"""How images share the network, and how rows per call are measured where they are "auto"."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class EngineSettings:
 
     Attributes:
         slots: images in flight; changes the speed, never a result. "auto" begins another image
-            whenever a call would go out partly empty.
+            whenever a call would be partly padding.
         rows_denoise: rows per call of the denoiser with gradients; memory grows with it. A result
             is bitwise reproducible at the same number of rows only, so it belongs to a run's
-            identity. "auto" doubles it, once at the beginning of a run, while that speeds up the
-            network by a tenth and fits into memory; the run keeps what was found.
-        rows_sample: rows per run of the sampler; a guided one evaluates the network on twice as
+            identity. "auto" measures it once, at the beginning of a run: it is doubled while that
+            speeds up the network by a tenth and fits into memory.
+        rows_sample: rows per run of the sampler; with guidance, the network evaluates twice as
             many.
         rows_embed: rows per call of the similarity network.
     """
@@ -43,20 +43,20 @@ class EngineSettings:
     rows_embed: Count | Literal["auto"] = 8
 
     @property
-    def open(self) -> list[str]:
-        """The row counts that are left to be chosen."""
+    def rows_to_measure(self) -> list[str]:
+        """Names of the row counts that are "auto" and have to be measured."""
         rows = ("rows_denoise", "rows_sample", "rows_embed")
         return [name for name in rows if getattr(self, name) == "auto"]
 
     def chosen(
         self, network: Network, similarity: Similarity, condition: Condition | None = None
     ) -> EngineSettings:
-        """The settings with every open row count measured on this device.
+        """The settings with every row count that is "auto" measured on this device.
 
         Args:
             network: the model.
             similarity: the similarity network.
-            condition: one row like those of the run.
+            condition: one row of the shapes that the run has; None for an unconditional model.
         """
 
         def blank(rows: int) -> Tensor:
@@ -79,8 +79,8 @@ class EngineSettings:
             "rows_sample": lambda rows: denoise(rows, backward=False),
             "rows_embed": embed,
         }
-        found = {name: fastest_rows(calls[name], network.device) for name in self.open}
-        return replace(self, **found)
+        measured = {n: fastest_rows(calls[n], network.device) for n in self.rows_to_measure}
+        return replace(self, **measured)
 
 
 def fastest_rows(call: Callable[[int], None], device: torch.device) -> int:
@@ -99,12 +99,12 @@ def fastest_rows(call: Callable[[int], None], device: torch.device) -> int:
     rows, best = 1, rate(1)
     while rows < MAX_ROWS:
         try:
-            found = rate(2 * rows)
+            doubled = rate(2 * rows)
         except Exception as error:
             if is_out_of_memory(error):
-                return max(1, rows // 2)  # what a run holds beside the call needs room too
+                return max(1, rows // 2)  # leaves room for what a run holds beside the call
             raise
-        if found < _WORTH * best:
+        if doubled < _WORTH * best:
             return rows
-        rows, best = 2 * rows, found
+        rows, best = 2 * rows, doubled
     return rows

@@ -14,7 +14,7 @@ from invmm.engine.outcomes import Outcome
 from invmm.engine.requests import Denoise, Embed, EncodePrompt, Minimise, Request, Sample
 
 PATIENCE = 64
-"""Calls that a request lets pass before it is answered in one that is not full (ours)."""
+"""Most calls that a request waits before it is answered in one that is not full (ours)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +38,10 @@ class Slot:
         job: the image.
         coroutine: its measurement.
         request: what it waits for.
-        signature: requests with the same one can share a call.
-        asked: the number of calls the engine had made when it asked.
-        outcome: set when it has ended.
-        tally: its cost.
+        signature: of the request; requests with the same one can share a call.
+        asked: number of calls that the engine had made when the request came.
+        outcome: set when the measurement has ended.
+        tally: its cost so far.
         watch: records whether its answers were finite.
         started: seconds on the monotonic clock.
     """
@@ -63,14 +63,14 @@ def next_group(
     """The requests to answer now, and whether they fill a call.
 
     Losses come first, since they free memory, then images that hold the graph of their prompt,
-    so that such graphs never pile up; then whatever fills a call: samples, the denoiser, the rest.
-    What fills none is answered in the order denoiser, the rest, samples, so that samples of
-    several images meet; but nothing waits longer than `PATIENCE` calls.
+    so that such graphs never pile up. Then come groups that fill a call: samples before the
+    denoiser before the rest. If no group does, the order is denoiser, the rest, samples, so that
+    samples of several images can join; but no request waits longer than `PATIENCE` calls.
 
     Args:
         slots: all of them wait for an answer; the longest-waiting first.
-        rows: of a call, by request.
-        calls: the engine has made so far.
+        rows: type of request -> rows per call.
+        calls: number of calls that the engine has made so far.
     """
     if losses := [slot for slot in slots if isinstance(slot.request, Minimise)]:
         return losses, True
@@ -87,12 +87,12 @@ def next_group(
             if full and isinstance(group[0].request, kind):
                 return group, True
     order = (Denoise, EncodePrompt, Embed, Sample)
-    partial, _ = min(groups, key=lambda found: order.index(type(found[0][0].request)))
+    partial, _ = min(groups, key=lambda group: order.index(type(group[0][0].request)))
     return partial, bool(holding)
 
 
 def _fill_call(waiting: Sequence[Slot], room: int) -> tuple[list[Slot], bool]:
-    """The requests, longest-waiting first, that fit into one call; whether they fill it."""
+    """The longest-waiting requests that fit into one call, and whether they fill it."""
     group: list[Slot] = []
     for slot in waiting:
         count = num_rows(slot.request)

@@ -100,7 +100,7 @@ def _refuse_others(
     run: MeasureRun, folder: RunFolder, dataset: ImageDataset, entries: Sequence[ImageEntry]
 ) -> None:
     """Refuses to go on where a record is of another run, or of an image that was replaced since."""
-    rows = folder.noted("rows.json") if run.engine.open else {}
+    rows = folder.noted("rows.json") if run.engine.rows_to_measure else {}
     for entry in entries:
         record = load_record(folder.record_folder(entry.image_id) / "record.json")
         if record is None:

@@ -118,7 +118,7 @@ class Worker:
     def _settings(self) -> EngineSettings:
         """Row counts left open are measured by one process of the run, and kept."""
         settings = self.run.engine
-        if not settings.open:
+        if not settings.rows_to_measure:
             return settings
 
         def measured() -> dict[str, int]:
@@ -126,7 +126,7 @@ class Worker:
             with torch.no_grad():
                 condition = self.network.condition(blank)
             chosen = settings.chosen(self.network, self.similarity, condition)
-            return {name: getattr(chosen, name) for name in settings.open}
+            return {name: getattr(chosen, name) for name in settings.rows_to_measure}
 
         rows = self.folder.settled("rows.json", measured)
         shown = ", ".join(f"{name} {count}" for name, count in rows.items())
