@@ -1,7 +1,7 @@
-"""What fresh samples say of a noise distribution that has been found and is frozen (ours).
+"""Confirms a noise distribution, frozen after its search, by fresh samples (ours).
 
-None of them had a part in choosing it, so that their rate has an exact interval, and the lower end
-of the rate a certificate.
+The samples had no part in choosing the distribution. So their replication rate has an exact
+interval, and its one-sided lower end gives a certificate (see `invmm.probability.certificate`).
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from invmm.inversion.noise import GaussianNoise, kl_to_standard_normal
 from invmm.probability.certificate import clopper_pearson, log_p_certified, lower_rate
 
 Basis = Literal["pixel", "dct"]
-"""In which a distribution is diagonal: as published, or an orthonormal frequency basis."""
+"""Coordinates in which a distribution is diagonal: the entries of the latents ("pixel", as
+published), or their orthonormal frequencies ("dct")."""
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Confirmation:
-    """A count of replicas among fresh samples, and what follows from it.
+    """A count of replicas among fresh samples, with its interval and certificate.
 
     Attributes:
         check: the samples, and how many of them replicate.
-        kl_nats: of the distribution, summed over latent dimensions.
-        confidence: of the interval and of the certificate.
+        kl_nats: KL of the distribution from the prior, summed over latent dimensions.
+        confidence: of the interval and of the certificate, in (0, 1).
     """
 
     check: Check
@@ -66,7 +67,7 @@ class Confirmation:
 
     @property
     def log_p_certified(self) -> float:
-        """What the lower end certifies for free samples, in nats; -inf without a replica."""
+        """Certified lower bound of log p under the prior, in nats; -inf without a replica."""
         return log_p_certified(self.kl_nats, self.lower_rate)
 
     def columns(self) -> dict[str, float | int | None]:
@@ -97,17 +98,17 @@ async def confirm(
     """Draws fresh samples, all of them at one guidance scale, and counts the replicas.
 
     Args:
-        noise: frozen: nothing may choose it by what these samples show.
-        target: the image, with the condition to draw under.
+        noise: the distribution, which must have been chosen without these samples.
+        target: the image, with the condition of the samples.
         setting: sampler and criterion.
-        rng: a source that had no part in the search, or a later part of the same one.
-        num_samples: how many.
+        rng: a generator that the search did not use, or the search's own after its last draw.
+        num_samples: how many to draw.
         guidance_scale: at which the distribution replicates.
-        basis: in which it is diagonal.
-        confidence: for one of several looks, that of all of them with the rest divided by their
-            number (Bonferroni).
+        basis: coordinates of the distribution.
+        confidence: of the interval and of the certificate. For one of k looks that are confident
+            together at c, give 1 - (1 - c) / k (Bonferroni).
     """
-    draws = in_pixels(noise.draw(num_samples, rng).detach(), basis)
+    draws = from_basis(noise.draw(num_samples, rng).detach(), basis)
     seeds = draw_seeds(num_samples, setting.sampler, rng)
     rows = target.rows(num_samples)
     check = await compare(draws, rows, seeds, target, setting, guidance_scale=guidance_scale)
@@ -118,8 +119,8 @@ async def confirm(
     )
 
 
-def in_pixels(noise: Tensor, basis: Basis) -> Tensor:
-    """(B, C, H, W) draws in a basis -> as the sampler takes them."""
+def from_basis(noise: Tensor, basis: Basis) -> Tensor:
+    """(B, C, H, W) coordinates of draws in a basis -> the noise that the sampler starts from."""
     return from_frequencies(noise) if basis == "dct" else noise
 
 

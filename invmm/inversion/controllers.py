@@ -1,7 +1,7 @@
-"""How strongly the KL divergence is weighed against the reconstruction while the search runs.
+"""Controllers of the weight of the KL divergence in the loss of a search.
 
 A controller is a pure step on immutable state. Legend: value -> lambda; increment -> delta;
-tolerance -> ksi.
+tolerance -> ksi; reconstruction -> P; KL divergence -> R.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class KLWeight:
 
     Attributes:
         value: the weight of the KL in the loss of the next step.
-        previous: the mean loss at the check before.
+        previous: the mean loss at the previous check.
     """
 
     value: float
@@ -53,8 +53,8 @@ class KLWeightController(Protocol):
 
         Args:
             state: before.
-            losses: given at the steps that a replication check follows; between checks nobody
-                reads the losses, so that the device is never waited for.
+            losses: only at steps that a replication check follows; between checks they stay
+                unread, so that the host does not wait for the device.
         """
         ...
 
@@ -68,9 +68,9 @@ class AdaptiveKLWeight:
         increment: added per step (paper: 1e-4 for DDPM, 5e-4 for LDM, 1e-3 for Stable Diffusion).
         tolerance: smallest drop of the mean loss between checks that counts as progress (1e-3).
         window: steps over which that mean is taken (release: 100).
-        progress: which loss is judged. The paper's is the reconstruction, and so is that of the
-            released DDPM script; in the other four (LDM, Stable Diffusion 1, 2 and 3) it is the
-            total, through an in-place sum.
+        progress: the loss that has to fall. It is the reconstruction in the paper and in the
+            released DDPM script. The other four scripts (LDM, Stable Diffusion 1, 2 and 3) judge
+            the total, since they add the KL to the reconstruction in place.
     """
 
     initial: Annotated[float, Ge(0)] = 1.0

@@ -1,8 +1,8 @@
 """An orthonormal frequency basis of the noise: the discrete cosine transform (DCT-II).
 
-A rotation leaves N(0, I) as it is, and with it the divergence of any distribution from it; what
-changes is which distributions are diagonal. The frequencies of a (H, W) plane are numbered like
-its pixels, (0, 0) being the mean.
+A rotation leaves N(0, I) unchanged, and so the KL of a rotated distribution from it; it only
+changes which distributions are diagonal. A plane (H, W) of a channel has the frequencies (i, j),
+0 <= i < H and 0 <= j < W; (0, 0) is its mean times sqrt(H W).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def dct_matrix(size: int) -> Tensor:
     return cosines.float()
 
 
-def to_frequencies(pixels: Tensor) -> Tensor:
-    """(B, C, H, W) in pixels -> the same in frequencies, plane by plane."""
-    rows, columns = (dct_matrix(size).to(pixels) for size in pixels.shape[-2:])
-    return rows @ pixels @ columns.T
+def to_frequencies(latents: Tensor) -> Tensor:
+    """(B, C, H, W) latents or noise -> the frequencies of each plane, of the same shape."""
+    rows, columns = (dct_matrix(size).to(latents) for size in latents.shape[-2:])
+    return rows @ latents @ columns.T
 
 
 def from_frequencies(frequencies: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def from_frequencies(frequencies: Tensor) -> Tensor:
 
 
 def low_frequencies(height: int, width: int, bandwidth: float) -> Tensor:
-    """(H, W) float32: 1 where i / H + j / W < bandwidth, else 0; all of them at 2."""
+    """(H, W) float32 mask: 1 where i / H + j / W < bandwidth, else 0; 2 keeps all."""
     i = torch.arange(height)[:, None] / height
     j = torch.arange(width)[None] / width
     return (i + j < bandwidth).float()

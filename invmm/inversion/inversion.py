@@ -32,12 +32,12 @@ class Inversion:
     """InvMM of one image; the score is the KL of the first distribution that passes a check.
 
     Attributes:
-        objective: what makes the noise sensitive.
-        kl_weight: how strongly normality is asked for.
-        num_steps: budget of optimiser steps.
+        objective: the loss that moves the noise distribution towards replicating the image.
+        kl_weight: controller of the weight of the KL from the prior in the loss.
+        num_steps: largest number of optimiser steps.
         learning_rate: of Adam (paper: 0.1).
         check_every: optimiser steps between replication checks.
-        check_prior: check the untouched prior first, so that an image which the model returns
+        check_prior: check the prior before the first step, so that an image which the model returns
             anyway scores 0. The release does not (ours).
 
     Raises:
@@ -100,14 +100,14 @@ class Inversion:
     async def _confirm(
         self, trace: Trace, target: Target, setting: Setting, rng: torch.Generator
     ) -> Confirmation | None:
-        """What fresh samples say of the distribution that passed; they change no score."""
+        """Fresh samples of the distribution that passed; they change no score."""
         if not (num_samples := setting.criterion.num_confirm):
             return None
         scale = trace.closest_scale
         assert scale is not None
         return await confirm(
             trace.noise,
-            trace.prompt.found(target),
+            trace.prompt.conditioned(target),
             setting,
             rng,
             num_samples=num_samples,
@@ -134,7 +134,7 @@ class Inversion:
         )
 
     def passing(self, criterion: ReplicationCriterion, num_scales: int, steps: int) -> Passing:
-        """See `Searching`: all samples of one of the checks at any guidance scale."""
+        """See `Searching`: in one check, all samples replicate at one guidance scale."""
         checks = self._checks_until(min(steps, self.num_steps))
         count = criterion.num_samples
         return Passing(
@@ -149,5 +149,5 @@ class Inversion:
         return step % self.check_every == 0 if step else self.check_prior
 
     def _checks_until(self, step: int) -> int:
-        """How many of the steps up to this one end with a check."""
+        """Number of checks up to this step."""
         return step // self.check_every + self.check_prior

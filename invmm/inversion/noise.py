@@ -23,7 +23,7 @@ def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 class GaussianNoise:
-    """q = N(mean, diag(exp(log_variance))), a leaf of the graph.
+    """q = N(mean, diag(exp(log_variance))), with both parameters as leaves of the graph.
 
     Args:
         mean: (1, C, H, W).

@@ -1,4 +1,4 @@
-"""What makes a noise distribution sensitive: losses that fall as its draws lead to the image."""
+"""Losses of a noise distribution that fall as its draws come closer to producing the image."""
 
 from __future__ import annotations
 
@@ -40,15 +40,16 @@ class Objective(Protocol):
 class DenoisingObjective:
     """Squared error of the clean latents predicted from noisy ones (paper, eq. of P).
 
-    The noises of the forward process come from q, and the error is that of the clean latents,
-    not of the noise: for a noise predictor its weight is (1 - alpha-bar) / alpha-bar, so that
-    nearly all of it lies in the last tenth of the timesteps. On a rectified flow the timesteps
+    The noise of the forward process is drawn from q. The error is that of the clean latents, not
+    of the noise: for a noise predictor this weighs timesteps by (1 - alpha-bar) / alpha-bar, so
+    that nearly all of the loss comes from the last tenth of them. On a rectified flow the timesteps
     are uniform over the shifted sigmas, as published for Stable Diffusion 3.
 
     Attributes:
-        batch_size: noises, each with a timestep of its own, per step (paper: 32 DDPM, 16 else).
-        timesteps: "uniform" is published. "importance" draws them in proportion to that weight
-            and divides by their probability: the same expectation from far fewer noises (ours).
+        batch_size: noises per step, each with a timestep of its own (paper: 32 DDPM, 16 else).
+        timesteps: "uniform" is published. "importance" draws timesteps in proportion to that weight
+            and divides errors by their probability: the same expectation from far fewer noises
+            (ours).
     """
 
     batch_size: Annotated[int, Ge(1)] = 16
@@ -77,5 +78,5 @@ class DenoisingObjective:
         return (weights * errors.flatten(1).mean(1)).mean()
 
     def evaluations(self) -> Evaluations:
-        """One evaluation a noise, forwards and backwards."""
+        """One evaluation per noise, forwards and backwards."""
         return Evaluations(forward=self.batch_size, backward=self.batch_size)

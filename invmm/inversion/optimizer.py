@@ -1,4 +1,4 @@
-"""Adam whose steps can be as long in every coordinate, which torch's cannot (ours)."""
+"""Adam that can use one step size for all coordinates of a tensor, unlike torch's (ours)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Adam:
     """Adam (Kingma & Ba 2015), its second moment optionally shared by a whole tensor.
 
     Args:
-        parameters: leaves.
-        moved: 1 where they may move, 0 elsewhere; broadcasts to each of them.
+        parameters: leaves of the graph.
+        moved: mask, 1 where parameters may move and 0 elsewhere; broadcasts to each of them.
         betas: decay of the first and second moment.
         step_size: "shared" or "coordinate"; see `Trajectory`.
     """
@@ -33,16 +33,16 @@ class Adam:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Moves the parameters by their gradients and drops these."""
+        """Moves the parameters by one step and clears their gradients."""
         self.steps += 1
         first_beta, second_beta = self.betas
-        moved = zip(self.parameters, self.first, self.second, strict=True)
-        for parameter, first, second in moved:
+        states = zip(self.parameters, self.first, self.second, strict=True)
+        for parameter, first, second in states:
             assert parameter.grad is not None
             gradient = parameter.grad * self.moved
             square = gradient.square()
             if self.is_shared:
-                # Over all coordinates, so that a narrower band takes longer steps in it.
+                # The mean counts masked coordinates too, so a narrower band takes longer steps.
                 square = square.mean().expand_as(square)
             first.lerp_(gradient, 1 - first_beta)
             second.lerp_(square, 1 - second_beta)

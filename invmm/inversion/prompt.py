@@ -1,7 +1,8 @@
 """The prompt of an inversion: as given, or searched together with the noise.
 
-A searched prompt is a distribution over the tokens of every free place, whose relaxed draws
-replace the embeddings of tokens. Its complexity is not part of the score (paper).
+A searched prompt is a distribution over the vocabulary for each free place. A relaxed draw from it
+is a mixture of token embeddings, which takes the place of one token's embedding. The complexity of
+the prompt is not part of the score (paper).
 
 Legend: logits -> unnormalised log-probabilities; temperature -> tau of the Gumbel-softmax (Jang et
 al. 2017, "Categorical Reparameterization with Gumbel-Softmax").
@@ -37,31 +38,34 @@ class FixedPrompt:
         return []
 
     async def rows(self, count: int, rng: torch.Generator) -> Condition | None:
-        """The condition `count` times."""
+        """The condition as `count` rows."""
         return repeated(self.condition, count)
 
     async def check_rows(self, count: int, rng: torch.Generator) -> Condition | None:
-        """The same."""
+        """As `rows`."""
         return repeated(self.condition, count)
 
-    def found(self, target: Target) -> Target:
-        """The image as it is."""
+    def conditioned(self, target: Target) -> Target:
+        """The target, which has this condition already."""
         return target
 
     def tensors(self) -> dict[str, Tensor]:
-        """Nothing was found."""
+        """Nothing to save."""
         return {}
 
     def columns(self) -> dict[str, str]:
-        """Nothing was found."""
+        """Nothing to save."""
         return {}
 
 
 class SoftPrompt:
-    """A token distribution at every free place, a leaf of the graph.
+    """A distribution over tokens for each free place; its logits are a leaf of the graph.
 
     Args:
-        tokens: what the prompt is made of.
+        tokens: of the searched prompt.
+
+    Attributes:
+        logits: (num_free, V).
     """
 
     def __init__(self, tokens: PromptTokens) -> None:
@@ -76,11 +80,11 @@ class SoftPrompt:
         return [self.logits]
 
     async def rows(self, count: int, rng: torch.Generator) -> Condition:
-        """A condition of a draw a row, through which gradients reach the logits."""
+        """`count` rows of condition, each of its own draw; gradients reach the logits."""
         return await EncodePrompt(self.draw(count, rng), self.tokens)
 
     async def check_rows(self, count: int, rng: torch.Generator) -> Condition | None:
-        """The condition of `count` samples that are to replicate, without gradients."""
+        """`count` rows of condition for a replication check, without gradients; remembers them."""
         with torch.no_grad():
             embeddings = self.draw(1 if self._is_shared else count, rng)
         condition = await EncodePrompt(embeddings, self.tokens)
@@ -88,14 +92,14 @@ class SoftPrompt:
         self._checked = likeliest, drawn, condition
         return repeated(condition, count)
 
-    def found(self, target: Target) -> Target:
-        """The image under the prompts of the last check, which take turns."""
+    def conditioned(self, target: Target) -> Target:
+        """The target under the prompts of the last check, which samples cycle through."""
         return replace(target, condition=self._checked[2]) if self._checked else target
 
     def draw(self, count: int, rng: torch.Generator) -> Condition:
-        """Relaxed prompts: encoder -> (count, L, d) embeddings.
+        """Draws relaxed prompts: encoder -> (count, L, d) embeddings.
 
-        Gumbel noise comes from the generator of the device, by a seed from `rng` for each draw.
+        `rng` gives a seed per draw, from which its Gumbel noise is drawn on the device.
         """
         seeds = torch.randint(2**62, (count,), generator=rng).tolist()
         tables, temperature = self.tokens.tables, self.tokens.search.temperature
@@ -110,18 +114,18 @@ class SoftPrompt:
     def tensors(self) -> dict[str, Tensor]:
         """Of the last check: the likeliest tokens (num_free,), and the embeddings that were drawn.
 
-        The embeddings are (L, d), or (num_samples, L, d) with one prompt a sample; those of
-        several encoders stand side by side. A prompt that is decoded and tokenized again need not
-        be the same.
+        The embeddings are (L, d), or (num_samples, L, d) with one prompt per sample; those of
+        several encoders are concatenated along d. They are saved because a prompt that is decoded
+        and tokenized again need not be the same.
         """
         if self._checked is None:
             return {}
         ids, embeddings = (value.cpu() for value in self._checked[:2])
-        own = embeddings[0] if self._is_shared else embeddings
-        return {"prompt_ids": ids, "prompt_embedding": own}
+        drawn = embeddings[0] if self._is_shared else embeddings
+        return {"prompt_ids": ids, "prompt_embedding": drawn}
 
     def columns(self) -> Mapping[str, str]:
-        """The likeliest tokens of the last check as a text."""
+        """The likeliest tokens of the last check as text."""
         if self._checked is None:
             return {}
         return {"prompt": self.tokens.decode(self._checked[0].tolist())}
@@ -132,26 +136,26 @@ class SoftPrompt:
 
 
 class RelaxedTokens(torch.autograd.Function):
-    """Embeddings of Gumbel-softmax draws, one after the other, and anew in the backward pass.
+    """Embeddings of Gumbel-softmax draws, one at a time, computed again in the backward pass.
 
-    At once, the weights of a batch over CLIP's vocabulary would take a gigabyte.
+    All at once, the token weights of a batch over CLIP's vocabulary would take a gigabyte.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, seeds: Sequence[int], temperature: float, *tables: Tensor
     ) -> tuple[Tensor, ...]:
-        """(n, V) logits and tables (V, d) -> (B, n, d) for each table, B seeds."""
-        # Not saved as torch would: the backward of a neighbour in the same call may come, with
-        # nothing but zeros for these logits, after they were moved.
+        """(n, V) logits, B seeds and a table (V, d) per encoder -> (B, n, d) per encoder."""
+        # Not by `save_for_backward`, which refuses logits that have moved since: another image of
+        # the same call may run its backward later, which gives these logits a gradient of zeros.
         ctx.logits, ctx.seeds, ctx.temperature, ctx.tables = logits, seeds, temperature, tables
         weights = (relaxed_tokens(logits, seed, temperature) for seed in seeds)
-        drawn = [[own @ table.to(own) for table in tables] for own in weights]
-        return tuple(torch.stack(own) for own in zip(*drawn, strict=True))
+        drawn = [[draw @ table.to(draw) for table in tables] for draw in weights]
+        return tuple(torch.stack(mixtures) for mixtures in zip(*drawn, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of a softmax, summed over the draws."""
+        """The gradient through the softmax, summed over the draws."""
         total = torch.zeros_like(ctx.logits)
         for draw, seed in enumerate(ctx.seeds):
             weights = relaxed_tokens(ctx.logits, seed, ctx.temperature)
@@ -171,5 +175,5 @@ def relaxed_tokens(logits: Tensor, seed: int, temperature: float) -> Tensor:
 
 
 def prompt_of(target: Target) -> FixedPrompt | SoftPrompt:
-    """The prompt of an image: searched if the target brings tokens."""
+    """The prompt of an image: searched if the target has tokens, else given."""
     return FixedPrompt(target.condition) if target.tokens is None else SoftPrompt(target.tokens)

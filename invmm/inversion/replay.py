@@ -1,7 +1,7 @@
-"""Replaying what a search found: do its distributions replicate under another sampler? (ours).
+"""Replays the distributions of a search: do they replicate under another sampler (ours)?
 
 A noise distribution is found under one sampler, guidance scale and prompt. Here fresh samples are
-drawn from it under those of this run, and counted.
+drawn from it under those of this run, and the replicas are counted.
 """
 
 from __future__ import annotations
@@ -32,27 +32,28 @@ _MEASURED = (Status.REPLICATED, Status.NOT_REPLICATED, Status.DIVERGED)
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """Counts fresh samples of the distributions that an earlier run found.
+    """Counts replicas among fresh samples of the distributions that an earlier run found.
 
-    The score is no InvMM, since the distribution need not replicate here: it is what the count
-    certifies, the -log of the least possible p of a free sample under this run's sampler, per
-    latent dimension. An image whose samples all fail is NOT_REPLICATED, and so is one for which the
-    source found no distribution; one that the source did not measure is FAILED.
+    The score is not InvMM, because the distribution need not replicate under this run's sampler.
+    It is -log of a certified lower bound of p, per latent dimension; p is the probability that a
+    sample from the prior replicates the image under this run's sampler. An image is NOT_REPLICATED
+    if none of its samples replicates or the source found no distribution for it, and FAILED if the
+    source did not measure it.
 
     Columns beside the score: method "certified", guidance_scale, basis, kl_nats of the
-    distribution, the columns of `Confirmation`; source_status, source_rate (at which the source
-    saw it replicate) and source_digest (of its config).
+    distribution, the columns of `Confirmation`; source_status, source_rate (the replication rate in
+    the source) and source_digest (of its config).
 
     Attributes:
         source: folder of a run with measurement=inversion, of the same model.
-        num_samples: fresh ones of each distribution.
+        num_samples: fresh samples of each distribution.
     """
 
     source: Annotated[str, MinLen(1)]
     num_samples: Annotated[int, Ge(1)] = 64
 
     def manifest(self) -> dict[str, Any]:
-        """Of the source.
+        """The manifest of the source run.
 
         Raises:
             ValueError: it is no folder of a search; naming the key, the value and the cure.
@@ -112,9 +113,9 @@ class Replay:
             return Outcome(status=Status.NOT_REPLICATED, columns=origin)
         tensors = saved_tensors(place, tuple(target.latents.shape[1:]))
         basis = record["columns"].get("basis", "pixel")
-        # A stream of its own: a search of the same seed has seen the numbers of this one.
+        # Another stream than rng, whose numbers a search of the same seed has used.
         seed = int(torch.randint(2**62, (), generator=rng))
-        fresh = await confirm(
+        confirmation = await confirm(
             saved_noise(tensors, target.latents.device),
             target,
             setting,
@@ -123,30 +124,31 @@ class Replay:
             guidance_scale=only_guidance_scale(setting.sampler),
             basis=basis,
         )
-        return _outcome(fresh, target, {**origin, "basis": basis})
+        return _outcome(confirmation, target, {**origin, "basis": basis})
 
     def cost(self, sampler: Sampler, criterion: ReplicationCriterion) -> CostRange:
-        """See `Measurement`; of an image with a distribution, the others cost nothing."""
+        """See `Measurement`; an image without a distribution costs nothing."""
         cost = sampling_cost(self.num_samples, sampler)
         return CostRange(fewest=cost, most=cost)
 
 
-def _outcome(fresh: Confirmation, target: Target, columns: Mapping[str, Any]) -> Outcome:
-    """What the samples say, the closest first."""
-    order = fresh.check.similarities.argsort(descending=True)
-    nats = -fresh.log_p_certified if fresh.count else None
+def _outcome(confirmation: Confirmation, target: Target, columns: Mapping[str, Any]) -> Outcome:
+    """The outcome of a count, with its samples sorted by similarity, closest first."""
+    check = confirmation.check
+    order = check.similarities.argsort(descending=True)
+    nats = -confirmation.log_p_certified if confirmation.count else None
     return Outcome(
         status=Status.NOT_REPLICATED if nats is None else Status.ESTIMATED,
         score=None if nats is None else nats / target.latents[0].numel(),
         score_nats=nats,
-        replication_rate=fresh.rate,
-        best_similarity=fresh.check.best,
-        samples=fresh.check.pixels[order].cpu(),
+        replication_rate=confirmation.rate,
+        best_similarity=check.best,
+        samples=check.pixels[order].cpu(),
         columns={
             "method": "certified",
-            "guidance_scale": fresh.check.guidance_scale,
-            "kl_nats": fresh.kl_nats,
-            **fresh.columns(),
+            "guidance_scale": check.guidance_scale,
+            "kl_nats": confirmation.kl_nats,
+            **confirmation.columns(),
             **columns,
         },
     )

@@ -1,4 +1,4 @@
-"""What a search left in the folder of its run, checked, to draw from it once more."""
+"""Reads and checks the distributions that a search saved in its run, to draw from them again."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 
 def saved_tensors(folder: Path, latent_shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """The arrays of a record, the distribution that was found among them.
+    """The arrays of a record, among them mean and log_variance of its distribution.
 
     Args:
         folder: of the record.
         latent_shape: (C, H, W) of the model.
 
     Raises:
-        ValueError: they are not all there, or not what a model of this shape can draw with.
+        ValueError: the file is missing or damaged, or the mean or log_variance is missing, has
+            another shape, or is not finite.
     """
     from safetensors.torch import load
 
@@ -51,21 +52,21 @@ def saved_tensors(folder: Path, latent_shape: tuple[int, ...]) -> dict[str, Tens
 
 
 def saved_noise(tensors: Mapping[str, Tensor], device: torch.device) -> GaussianNoise:
-    """The distribution among the arrays of a record, on the device that draws from it."""
+    """The distribution in the arrays of a record, on a device."""
     from invmm.inversion.noise import GaussianNoise
 
     return GaussianNoise(*(tensors[name][None].to(device) for name in ("mean", "log_variance")))
 
 
 def check_picture(folder: Path, pixels: Tensor) -> None:
-    """Refuses another image of the same name.
+    """Refuses an image other than the one that was measured under its name.
 
     Args:
         folder: of the record.
         pixels: (3, H, W) in [-1, 1] of the image.
 
     Raises:
-        ValueError: it is not the one that was measured, or that is not known.
+        ValueError: the picture in the record differs from it, or is missing or damaged.
     """
     import torch
 

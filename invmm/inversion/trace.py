@@ -1,4 +1,4 @@
-"""What an inversion remembers on its way: its curves, its closest samples, its end."""
+"""Records the curves and the closest check of an inversion, and makes its outcome."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Trace:
         return self.closest.guidance_scale if self.closest else None
 
     def stepped(self, *, loss: Tensor, kl: Tensor, kl_weight: float) -> None:
-        """After an optimiser step: the losses it saw and the weight it used; reads neither."""
+        """Records the losses and the weight of an optimiser step; the losses stay unread."""
         self._unread.append((loss.detach(), kl.detach()))
         self.curves["kl_weight"].append(kl_weight)
 
     def read(self) -> Losses:
-        """The losses of all steps, those since the last time fetched from the device at once.
+        """The losses of all steps; those since the last call are fetched from the device at once.
 
         Raises:
             NonFiniteError: one of them is NaN or infinite; the curves end before it.
@@ -66,7 +66,7 @@ class Trace:
         )
 
     def checked(self, check: Check) -> None:
-        """After a replication check; a passed one becomes the closest whatever its similarity."""
+        """Records a replication check; one that passed becomes the closest in any case."""
         best = check.best
         self.curves["similarity"].append(best)
         self.curves["similarity_min"].append(check.similarities.min().item())
@@ -75,32 +75,32 @@ class Trace:
             self.closest = check
 
     def replicated(self, confirmation: Confirmation | None = None) -> Outcome:
-        """The distribution as it stands replicates: its KL is the score.
+        """The outcome if the current distribution replicates: its KL is the score.
 
         Args:
-            confirmation: tells the rate at which it does; without one that of the check, 1.
+            confirmation: gives the replication rate; without one it is 1, that of the check.
         """
         with torch.no_grad():
             kl = self.noise.kl().double().item()
-        found = self._outcome(
+        outcome = self._outcome(
             Status.REPLICATED,
             score=kl,
             score_nats=kl * self.noise.mean.numel(),
             replication_rate=1.0,
         )
         if confirmation is None:
-            return found
-        columns = {**found.columns, **confirmation.columns()}
-        if self.prompt.parameters():  # it would hold for the found prompt, not for the caption
+            return outcome
+        columns = {**outcome.columns, **confirmation.columns()}
+        if self.prompt.parameters():  # it would hold for the searched prompt, not for the caption
             columns["log_p_certified"] = None
-        return replace(found, replication_rate=confirmation.rate, columns=columns)
+        return replace(outcome, replication_rate=confirmation.rate, columns=columns)
 
     def not_replicated(self) -> Outcome:
-        """The budget is used up."""
+        """The outcome if the budget is used up."""
         return self._outcome(Status.NOT_REPLICATED)
 
     def diverged(self, error: Exception) -> Outcome:
-        """The numbers stopped being finite."""
+        """The outcome if a number is not finite."""
         return self._outcome(
             Status.DIVERGED, error=f"at step {self.steps + 1}: {error}", tensors={}
         )
@@ -114,12 +114,12 @@ class Trace:
             best = max(self.curves["similarity"])
             columns["guidance_scale"] = self.closest.guidance_scale
         tensors = {**self.noise.tensors(), **self.prompt.tensors()}
-        found = {"tensors": tensors, "columns": columns, **results}
+        options = {"tensors": tensors, "columns": columns, **results}
         return Outcome(
             status=status,
             best_similarity=best,
             steps=self.steps,
             curves=dict(self.curves),
             samples=samples,
-            **found,
+            **options,
         )

@@ -1,9 +1,10 @@
-"""The tight inversion: the noise distribution is moved by what its draws are denoised to (ours).
+"""Trajectory inversion: gradients reach the noise through all steps of a sampler (ours).
 
-The published loss looks at one noise level at a time and only suggests where a noise leads; here
-a short sampler is run from the noise itself, gradients through all of its steps. The path starts at
-the prior and is walked in small steps until a check is passed; then the distribution is drawn back
-towards the prior for as long as it passes, and the nearest that fresh samples confirm is scored.
+The published loss denoises one noise level at a time, which only hints at the image that a noise
+leads to. Here a short sampler runs from the noise itself, and its samples are compared with the
+image. The search starts at the prior and takes small steps until a check passes. Then it shrinks
+the distribution towards the prior for as long as checks pass, and scores the distribution nearest
+to the prior that fresh samples confirm.
 
 Legend: noise -> q = N(mu, sigma^2); loss -> the error of the samples; kl -> R; kl_weight -> lambda;
 sampler_steps -> K; batch_size -> B.
@@ -28,7 +29,7 @@ from invmm.engine.outcomes import CostRange, Evaluations, NonFiniteError, Outcom
 from invmm.engine.protocols import Setting, Target, Use, refuse_searched_prompt
 from invmm.engine.requests import Minimise, Sample
 from invmm.faults import Refusal
-from invmm.inversion.confirmation import Basis, Confirmation, confirm, in_pixels
+from invmm.inversion.confirmation import Basis, Confirmation, confirm, from_basis
 from invmm.inversion.frequency import low_frequencies
 from invmm.inversion.noise import GaussianNoise
 from invmm.inversion.optimizer import Adam
@@ -39,54 +40,55 @@ _ALL_FREQUENCIES = 2.0
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Look:
-    """A frozen distribution, and what fresh samples say of it.
+    """A frozen distribution and its fresh samples.
 
     Attributes:
-        noise: frozen.
-        found: the count.
-        is_confirmed: its rate suffices.
+        noise: the distribution.
+        confirmation: the replicas counted among its fresh samples.
+        is_confirmed: whether their rate suffices.
     """
 
     noise: GaussianNoise
-    found: Confirmation
+    confirmation: Confirmation
     is_confirmed: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """InvMM of one image by the samples themselves; the score is that of a confirmed rate (ours).
+    """InvMM of one image by gradients through a short sampler, with a confirmed rate (ours).
 
     Attributes:
-        num_steps: optimiser steps at most. The search ends with the first distribution that is
-            confirmed, so that an image near to the prior costs a few of them.
+        num_steps: largest number of optimiser steps. The search ends with the first distribution
+            that is confirmed, so an image near the prior takes only a few.
         batch_size: noises per step.
         sampler_steps: of the short sampler that is differentiated, DDIM or, for a rectified flow,
-            Euler. Memory grows with it: the graphs of all its steps are held for as many rows as
-            `engine.rows_sample` says.
+            Euler. Memory grows with it: the graphs of all its steps are held for
+            `engine.rows_sample` rows.
         learning_rate: of Adam, for the mean (in units of the prior's standard deviation) and for
-            the log-variance. The noise of the gradients adds to the KL with its square, so that
-            more and smaller steps find nearer distributions.
+            the log-variance. Noise in the gradients adds KL in proportion to the square of the
+            learning rate, so more and smaller steps find distributions nearer to the prior.
         betas: of Adam.
-        step_size: "shared" divides the gradient by one root mean square for the mean and one for
-            the log-variance, "coordinate" by one for each coordinate, as Adam does. The latter
-            moves coordinates without influence as far as the others, at the price of their KL.
-        basis: in which the distribution is diagonal: "pixel" as published, or "dct", an
-            orthonormal frequency basis of each channel.
+        step_size: "shared" divides the gradient of the mean by one root mean square over all
+            coordinates, and that of the log-variance by another. "coordinate" uses one for each
+            coordinate, as Adam does; it moves coordinates without influence as far as the others,
+            which adds to the KL.
+        basis: coordinates in which the distribution is diagonal: "pixel", the entries of the
+            latents, as published, or "dct", the orthonormal frequencies of each channel.
         bandwidth: frequencies (i, j) of a (H, W) plane move only if i / H + j / W is below it;
-            2 moves all of them. The rest stays that of the prior and costs no KL.
+            2 moves all of them. The others keep the prior and add no KL.
         kl_weight: weight of the KL (nats per dimension) beside the error.
         check_every: optimiser steps between checks.
-        num_check: samples of a check, fewer where those drawn decide already.
+        num_check: samples of a check; fewer if the first ones decide it.
         candidate_rate: share of them that must replicate to pass.
-        shrink: of the mean and of the log-variance by each step back towards the prior.
-        num_shrinks: steps back at most, each after a check that is passed.
-        num_confirmations: how many distributions may be tried by `replication.num_confirm` fresh
-            samples each, those nearest to the prior first; the search goes on after a step whose
-            distributions all failed. The intervals are widened for so many looks (Bonferroni).
-        confirmed_rate: share of the fresh samples that must replicate at one of these looks. The
-            true rate may be lower: 58 of 64 at the best of four looks take 0.77 or more (95 %).
-        confidence: of the rate's interval and the certificate, over all looks.
-        check_prior: check the untouched prior first, so that an image which the model returns
+        shrink: factor on the mean and the log-variance in each step back towards the prior.
+        num_shrinks: largest number of steps back; each follows a check that passed.
+        num_confirmations: how many distributions may be tested with `replication.num_confirm` fresh
+            samples each (a look), those nearest to the prior first. If all candidates of a step
+            fail, the search goes on. Intervals are widened for so many looks (Bonferroni).
+        confirmed_rate: share of the fresh samples that must replicate in a look. The true rate may
+            be lower: 58 of 64 in the best of four looks prove 0.77 or more (95 %).
+        confidence: of the rate's interval and the certificate, over all looks together.
+        check_prior: check the prior before the first step, so that an image which the model returns
             anyway scores 0.
 
     Raises:
@@ -133,7 +135,8 @@ class Trajectory:
         """Runs the search; see `Measurement`.
 
         Raises:
-            ValueError: the model cannot be sampled in so many steps, or nothing would be confirmed.
+            ValueError: the model cannot be sampled in so many steps, or no fresh samples are asked
+                for.
         """
         self.check_criterion(setting.criterion)
         noise = GaussianNoise.prior(target.latents)
@@ -173,7 +176,7 @@ class Trajectory:
             trace.read()
         except NonFiniteError as error:
             with suppress(NonFiniteError):
-                trace.read()  # a sample may have ended it before the losses were looked at
+                trace.read()  # a sample may have ended it before the losses were read
             return trace.diverged(error)
         return self._outcome(trace, looks)
 
@@ -225,17 +228,17 @@ class Trajectory:
         return short
 
     def cost(self, sampler: Sampler, criterion: ReplicationCriterion) -> CostRange:
-        """See `Measurement`; `sampler` of the evaluations includes the differentiated ones."""
+        """See `Measurement`; the differentiated evaluations count as the sampler's too."""
         checks = self._checks_until(self.num_steps)
         by_scale = [sampler.evaluations_at(scale) for scale in sampler.guidance_scales]
 
         def with_scale(of_sample: int, num_check: int, confirmations: int) -> Evaluations:
-            calls = of_sample // sampler.num_evaluations  # 2 of a guided step
-            moved = self.num_steps * self.batch_size * self.sampler_steps * calls
-            drawn = checks * num_check * sum(by_scale)
+            per_step = of_sample // sampler.num_evaluations  # 2 with guidance, else 1
+            searched = self.num_steps * self.batch_size * self.sampler_steps * per_step
+            checked = checks * num_check * sum(by_scale)
             confirmed = self.num_shrinks * num_check + criterion.num_confirm
-            forward = moved + drawn + confirmations * confirmed * of_sample
-            return Evaluations(forward=forward, backward=moved, sampler=forward)
+            forward = searched + checked + confirmations * confirmed * of_sample
+            return Evaluations(forward=forward, backward=searched, sampler=forward)
 
         fewest = deciding_failures(self.num_check, self.candidate_rate)
         return CostRange(
@@ -244,7 +247,7 @@ class Trajectory:
         )
 
     def passing(self, criterion: ReplicationCriterion, num_scales: int, steps: int) -> Passing:
-        """See `Searching`: a share of the fresh samples at one of the looks."""
+        """See `Searching`: in one look, enough of the fresh samples replicate."""
         count = criterion.num_confirm
         return Passing(
             count=count + 1 - deciding_failures(count, self.confirmed_rate),
@@ -256,18 +259,18 @@ class Trajectory:
 
     @property
     def _confidence(self) -> float:
-        """Of one look, so that all of them together have the whole (Bonferroni)."""
+        """Confidence of one look such that all looks together have `confidence` (Bonferroni)."""
         return 1 - (1 - self.confidence) / self.num_confirmations
 
     def _checks_at(self, step: int) -> bool:
         return step % self.check_every == 0 if step else self.check_prior
 
     def _checks_until(self, step: int) -> int:
-        """How many of the steps up to this one end with a check."""
+        """Number of checks up to this step."""
         return step // self.check_every + self.check_prior
 
     def _moved(self, noise: GaussianNoise) -> Tensor:
-        """1 for the coordinates that may move, 0 for the rest; broadcasts over channels."""
+        """(H, W) mask: 1 for the coordinates that may move, 0 for the others."""
         height, width = noise.mean.shape[-2:]
         return low_frequencies(height, width, self.bandwidth).to(noise.mean)
 
@@ -279,12 +282,13 @@ class Trajectory:
         guidance_scale: float,
         rng: torch.Generator,
     ) -> Tensor:
-        """Root mean square error of each sample's latents, the mean over the batch.
+        """Root mean square error of each sample's latents, averaged over the batch.
 
-        Squared, a few samples that are far off would drown those that the next steps could win.
+        A mean of squares would be dominated by a few samples that are far off, at the expense of
+        those that the next steps could turn into replicas.
         """
         count = self.batch_size
-        draws = in_pixels(noise.draw(count, rng), self.basis)
+        draws = from_basis(noise.draw(count, rng), self.basis)
         rows, negative = target.rows(count), target.negative_rows(count)
         latents = await Sample(draws, sampler, rows, None, guidance_scale, negative)
         errors = (latents.float() - target.latents.float()).flatten(1)
@@ -299,7 +303,7 @@ class Trajectory:
         rng: torch.Generator,
     ) -> Check:
         """See `num_check` and `candidate_rate`."""
-        draws = in_pixels(noise.draw(self.num_check, rng).detach(), self.basis)
+        draws = from_basis(noise.draw(self.num_check, rng).detach(), self.basis)
         return await check_replication(
             draws,
             target.rows(self.num_check),
@@ -319,7 +323,7 @@ class Trajectory:
         setting: Setting,
         rng: torch.Generator,
     ) -> list[GaussianNoise]:
-        """Frozen: what has passed, and its steps back towards the prior that pass as well."""
+        """Frozen copies of the distribution that passed and of its steps back that pass too."""
         passed = [GaussianNoise(noise.mean, noise.log_variance)]
         for _ in range(num_shrinks):
             nearer = GaussianNoise(*(self.shrink * value for value in passed[-1].parameters()))
@@ -337,7 +341,7 @@ class Trajectory:
         setting: Setting,
         rng: torch.Generator,
     ) -> Look:
-        found = await confirm(
+        confirmation = await confirm(
             noise,
             target,
             setting,
@@ -347,19 +351,21 @@ class Trajectory:
             basis=self.basis,
             confidence=self._confidence,
         )
-        return Look(noise=noise, found=found, is_confirmed=found.rate >= self.confirmed_rate)
+        is_confirmed = confirmation.rate >= self.confirmed_rate
+        return Look(noise=noise, confirmation=confirmation, is_confirmed=is_confirmed)
 
     def _outcome(self, trace: Trace, looks: Sequence[Look]) -> Outcome:
-        """The confirmed distribution, or the best of those that were looked at, or the last q."""
+        """The outcome of the confirmed look, else of the one with the highest rate, else of q."""
         if not looks:
-            found = trace.not_replicated()
-            return replace(found, columns={**found.columns, "basis": self.basis})
-        look = max(looks, key=lambda look: look.found.rate)
-        trace.noise, trace.closest = look.noise, look.found.check
-        found = trace.replicated() if look.is_confirmed else trace.not_replicated()
+            outcome = trace.not_replicated()
+            return replace(outcome, columns={**outcome.columns, "basis": self.basis})
+        look = max(looks, key=lambda look: look.confirmation.rate)
+        confirmation = look.confirmation
+        trace.noise, trace.closest = look.noise, confirmation.check
+        outcome = trace.replicated() if look.is_confirmed else trace.not_replicated()
         return replace(
-            found,
-            replication_rate=look.found.rate,
-            best_similarity=max(look.found.check.best, *trace.curves["similarity"]),
-            columns={**found.columns, "basis": self.basis, **look.found.columns()},
+            outcome,
+            replication_rate=confirmation.rate,
+            best_similarity=max(confirmation.check.best, *trace.curves["similarity"]),
+            columns={**outcome.columns, "basis": self.basis, **confirmation.columns()},
         )

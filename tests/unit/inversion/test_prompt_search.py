@@ -292,9 +292,9 @@ def test_prompts_that_were_found_take_turns(check_prompts):
 
     async def measure(target, setting, rng) -> Outcome:
         prompt = SoftPrompt(tokens)
-        assert prompt.found(target) is target  # nothing was checked
+        assert prompt.conditioned(target) is target  # nothing was checked
         seen["checked"] = await prompt.check_rows(3, rng)
-        seen["found"] = prompt.found(target).rows(7)
+        seen["found"] = prompt.conditioned(target).rows(7)
         return Outcome(status=Status.NOT_REPLICATED)
 
     job = Job("it", lambda: measure(make_target(network), None, torch.Generator().manual_seed(0)))

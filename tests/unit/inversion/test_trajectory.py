@@ -28,7 +28,7 @@ from invmm.engine.engine import Engine
 from invmm.engine.outcomes import Outcome, Status
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
-from invmm.inversion.confirmation import Confirmation, exact_kl, in_pixels
+from invmm.inversion.confirmation import Confirmation, exact_kl, from_basis
 from invmm.inversion.frequency import (
     dct_matrix,
     from_frequencies,
@@ -74,10 +74,10 @@ def test_the_basis_is_orthonormal_and_that_of_scipy(size):
 
 
 def test_the_transform_is_undone_on_planes_that_are_not_square():
-    pixels = torch.randn(2, 3, 4, 6)
-    frequencies = to_frequencies(pixels)
-    torch.testing.assert_close(from_frequencies(frequencies), pixels, atol=1e-5, rtol=0)
-    torch.testing.assert_close(frequencies[..., 0, 0], pixels.sum((2, 3)) / math.sqrt(24))
+    latents = torch.randn(2, 3, 4, 6)
+    frequencies = to_frequencies(latents)
+    torch.testing.assert_close(from_frequencies(frequencies), latents, atol=1e-5, rtol=0)
+    torch.testing.assert_close(frequencies[..., 0, 0], latents.sum((2, 3)) / math.sqrt(24))
 
 
 def test_the_divergence_is_the_same_in_both_bases():
@@ -86,10 +86,10 @@ def test_the_divergence_is_the_same_in_both_bases():
     log_variance = torch.randn(1, 1, 4, 4, generator=generator)
     rotation = torch.kron(dct_matrix(4), dct_matrix(4)).T.double()
     covariance = rotation @ log_variance.exp().flatten().double().diag() @ rotation.T
-    in_pixels = MultivariateNormal(from_frequencies(mean).flatten().double(), covariance)
+    in_latents = MultivariateNormal(from_frequencies(mean).flatten().double(), covariance)
     prior = MultivariateNormal(torch.zeros(16).double(), torch.eye(16).double())
     own = 0.5 * (mean**2 + log_variance.exp() - log_variance - 1).sum()
-    assert kl_divergence(in_pixels, prior).item() == pytest.approx(own.item(), rel=1e-5)
+    assert kl_divergence(in_latents, prior).item() == pytest.approx(own.item(), rel=1e-5)
 
 
 def test_low_frequencies():
@@ -205,7 +205,7 @@ def test_the_optimum_on_gaussian_data_is_found(basis):
     slope = (end - shift).mean().item()
     torch.testing.assert_close(end - shift, torch.full((3, 4, 4), slope), atol=1e-4, rtol=0)
     mean, log_variance = optimum(shift, slope, make_target(network).latents[0], weight)
-    found = in_pixels(outcome.tensors["mean"][None], basis)[0]
+    found = from_basis(outcome.tensors["mean"][None], basis)[0]
     torch.testing.assert_close(found, mean, atol=0.1, rtol=0)
     kl = 0.5 * (mean**2 + log_variance.exp() - log_variance - 1).mean().item()
     assert kl > 0.1
@@ -378,7 +378,7 @@ class Scripted(Trajectory):
         count = next(self.scripts[1])
         return Look(
             noise=noise,
-            found=Confirmation(check=ten(count), kl_nats=exact_kl(noise) * 48),
+            confirmation=Confirmation(check=ten(count), kl_nats=exact_kl(noise) * 48),
             is_confirmed=count / 10 >= self.confirmed_rate,
         )
 
