@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from invmm.data.dataset import ImageEntry, ImageError
-from invmm.engine.prompt import PromptSearch
+from invmm.engine.searched_prompt import PromptSearch
 from invmm.faults import Refusal
 
 Kind = Literal["none", "empty", "caption", "learned", "class_label"]

@@ -15,7 +15,7 @@ from invmm.diffusion.schedule import NoiseSchedule
 from invmm.engine.criterion import Passing, ReplicationCriterion
 from invmm.engine.finiteness import Stage, check_finite
 from invmm.engine.outcomes import CostRange, Outcome
-from invmm.engine.prompt import PromptTokens
+from invmm.engine.searched_prompt import PromptTokens
 from invmm.faults import Refusal
 
 

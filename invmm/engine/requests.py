@@ -17,7 +17,7 @@ from torch import Tensor
 from invmm.diffusion.guidance import Condition
 from invmm.diffusion.sampling import Sampler
 from invmm.diffusion.schedule import Prediction
-from invmm.engine.prompt import PromptTokens
+from invmm.engine.searched_prompt import PromptTokens
 
 T = TypeVar("T")
 

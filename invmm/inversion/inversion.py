@@ -23,7 +23,7 @@ from invmm.inversion.confirmation import CONFIDENCE, Confirmation, confirm
 from invmm.inversion.controllers import KLWeightController
 from invmm.inversion.noise import GaussianNoise
 from invmm.inversion.objectives import Objective
-from invmm.inversion.prompt import prompt_of
+from invmm.inversion.soft_prompt import prompt_of
 from invmm.inversion.trace import Trace
 
 

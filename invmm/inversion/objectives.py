@@ -13,7 +13,7 @@ from invmm.engine.outcomes import Evaluations
 from invmm.engine.protocols import Setting, Target
 from invmm.engine.requests import Denoise
 from invmm.inversion.noise import GaussianNoise
-from invmm.inversion.prompt import FixedPrompt, SoftPrompt
+from invmm.inversion.soft_prompt import FixedPrompt, SoftPrompt
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from invmm.engine.outcomes import NonFiniteError, Outcome, Status
 from invmm.inversion.confirmation import Confirmation
 from invmm.inversion.controllers import Losses
 from invmm.inversion.noise import GaussianNoise
-from invmm.inversion.prompt import FixedPrompt, SoftPrompt
+from invmm.inversion.soft_prompt import FixedPrompt, SoftPrompt
 
 
 class Trace:

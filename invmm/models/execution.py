@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from invmm.diffusion.guidance import Condition
-from invmm.engine.prompt import PromptSearch, PromptTokens
 from invmm.engine.protocols import Network, TextNetwork
+from invmm.engine.searched_prompt import PromptSearch, PromptTokens
 
 _ATTENTION = {
     "math": SDPBackend.MATH,

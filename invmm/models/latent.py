@@ -14,7 +14,7 @@ from torch import Tensor
 
 from invmm.diffusion.guidance import Condition
 from invmm.diffusion.schedule import schedule_of
-from invmm.engine.prompt import PromptSearch, PromptTokens
+from invmm.engine.searched_prompt import PromptSearch, PromptTokens
 from invmm.models.codec import Codec, Conventions, Posterior
 from invmm.models.components import Parts
 from invmm.models.fitting import (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from invmm.diffusion.guidance import Condition
-from invmm.engine.prompt import PromptSearch, PromptTokens
+from invmm.engine.searched_prompt import PromptSearch, PromptTokens
 from invmm.models.parts import Family
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from invmm.data.dataset import ImageEntry
 from invmm.data.prompt import Prompt
 from invmm.diffusion.guidance import Condition, repeated
-from invmm.engine.prompt import PromptTokens
+from invmm.engine.searched_prompt import PromptTokens
 from invmm.models.execution import LoadedNetwork, SearchableNetwork
 
 

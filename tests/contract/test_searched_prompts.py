@@ -12,7 +12,7 @@ from torch import Tensor
 
 from invmm.data.dataset import ImageEntry
 from invmm.data.prompt import Prompt
-from invmm.engine.prompt import PromptSearch, PromptTokens
+from invmm.engine.searched_prompt import PromptSearch, PromptTokens
 from invmm.engine.protocols import Network, TextNetwork
 from invmm.models.execution import Execution, SearchableNetwork
 from invmm.models.pipeline import PIPELINES

@@ -15,7 +15,7 @@ from invmm.engine.criterion import ReplicationCriterion
 from invmm.engine.protocols import Setting, Target
 from invmm.inversion.noise import GaussianNoise
 from invmm.inversion.objectives import DenoisingObjective
-from invmm.inversion.prompt import FixedPrompt
+from invmm.inversion.soft_prompt import FixedPrompt
 
 BATCH_SIZE = 20_000
 BETAS = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5]

@@ -13,14 +13,14 @@ from worlds import Direction, MicroNetwork, PixelWorld, linear_schedule, make_se
 from invmm.diffusion.guidance import Condition
 from invmm.engine.engine import Engine
 from invmm.engine.outcomes import Outcome, Status
-from invmm.engine.prompt import PromptSearch, PromptTokens
 from invmm.engine.requests import Denoise, Embed, EncodePrompt, Minimise
+from invmm.engine.searched_prompt import PromptSearch, PromptTokens
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
 from invmm.inversion.controllers import AdaptiveKLWeight, FixedKLWeight
 from invmm.inversion.inversion import Inversion
 from invmm.inversion.objectives import DenoisingObjective
-from invmm.inversion.prompt import RelaxedTokens, SoftPrompt, relaxed_tokens
+from invmm.inversion.soft_prompt import RelaxedTokens, SoftPrompt, relaxed_tokens
 
 VOCABULARY, WIDTH, FREE = 7, 3, 2
 

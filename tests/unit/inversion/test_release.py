@@ -20,8 +20,8 @@ from invmm.diffusion.sampling import Sampler
 from invmm.diffusion.schedule import NoiseSchedule
 from invmm.engine.engine import Engine
 from invmm.engine.outcomes import Outcome, Status
-from invmm.engine.prompt import PromptTokens
 from invmm.engine.protocols import Measurement, Setting, Target
+from invmm.engine.searched_prompt import PromptTokens
 from invmm.engine.settings import EngineSettings
 from invmm.engine.slots import Job
 from invmm.models.json_files import read_json

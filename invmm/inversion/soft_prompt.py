@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from invmm.diffusion.guidance import Condition, repeated
-from invmm.engine.prompt import PromptTokens
 from invmm.engine.protocols import Target
 from invmm.engine.requests import EncodePrompt
+from invmm.engine.searched_prompt import PromptTokens
 
 
 class FixedPrompt:
