@@ -1,1 +1,1 @@
-"""Membership scores of others, to stand beside the measures of memorization."""
+"""Published membership-inference scores, to compare with the measures of memorization."""

@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 from annotated_types import Ge, MinLen
 
-from invmm.baselines.membership import check_timesteps, constant_cost, scored, told_at
+from invmm.baselines.membership import check_timesteps, constant_cost, network_timesteps, scored
 from invmm.diffusion.sampling import Sampler
 from invmm.diffusion.schedule import NoiseSchedule
 from invmm.engine.criterion import ReplicationCriterion
@@ -25,12 +25,12 @@ from invmm.engine.requests import Denoise
 class DenoisingLoss:
     """Mean of (epsilon - epsilon_theta(x_t, t))^2 over timesteps, noises and latent dimensions.
 
-    Every image sees the same noises at every timestep, so that images differ by themselves alone.
-    Guidance is not used: a model is asked under the image's own condition. The losses of all
+    All images and timesteps use the same noises, so that scores differ by the images alone. The
+    model is conditioned on the image's own prompt or label, without guidance. The losses of all
     timesteps and noises are kept in the record as `losses`.
 
     Attributes:
-        timesteps: t, from 0.
+        timesteps: noise levels t, counted from 0.
         num_noises: draws of epsilon that the loss is averaged over.
         seed: of these noises.
     """
@@ -61,7 +61,7 @@ class DenoisingLoss:
         noise = torch.randn(shape, generator=shared).to(target.latents)
         losses = []
         for timestep in self.timesteps:
-            timesteps = told_at(timestep, noise, schedule)
+            timesteps = network_timesteps(timestep, noise, schedule)
             noisy = schedule.add_noise(target.latents, noise, timesteps)
             prediction = await Denoise(noisy, timesteps, target.rows(self.num_noises))
             losses.append((prediction.noise - noise).square().flatten(1).mean(1))

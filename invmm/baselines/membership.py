@@ -1,8 +1,8 @@
-"""What the membership scores share: noise levels, and how a score ends.
+"""Shared by the membership scores: noise levels, costs and outcomes.
 
-A timestep t is the index of one of the T noise levels that the model was trained on, from the
-smallest; of a rectified flow the level is the t-th sigma. Whatever the network outputs is converted
-to the noise and the clean latents that it implies, which makes the formulas hold for all models.
+A timestep t is the index of one of the T noise levels that the model was trained on, counted from
+the smallest; on a rectified flow that level is the t-th sigma. Network outputs are converted to the
+noise and the clean latents that they imply, so the formulas hold for all prediction types.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def check_timesteps(key: str, timesteps: Sequence[int], schedule: NoiseSchedule)
     """Refuses noise levels that a model does not have.
 
     Args:
-        key: config key that asked for them.
-        timesteps: from 0.
+        key: config key that gives them.
+        timesteps: counted from 0.
         schedule: of the model.
 
     Raises:
@@ -37,13 +37,13 @@ def check_timesteps(key: str, timesteps: Sequence[int], schedule: NoiseSchedule)
         )
 
 
-def told_at(timestep: int, latents: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """(B,) what the network is told at a noise level, one a row of the latents (B, C, H, W)."""
+def network_timesteps(timestep: int, latents: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """(B,) timestep input of the network at a noise level, for latents (B, C, H, W)."""
     return schedule.timesteps[timestep].to(latents.device).expand(len(latents))
 
 
 def constant_cost(evaluations: int) -> CostRange:
-    """Of a score that takes the same evaluations for every image."""
+    """The cost of a score that takes the same number of evaluations for every image."""
     cost = Evaluations(forward=evaluations)
     return CostRange(fewest=cost, most=cost)
 
@@ -53,7 +53,7 @@ def scored(score: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Outcom
 
     Args:
         score: scalar, a mean over latent dimensions.
-        tensors: what it was computed from.
+        tensors: arrays to keep in the record.
 
     Raises:
         NonFiniteError: the score is not finite.

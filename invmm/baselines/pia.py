@@ -1,6 +1,6 @@
-"""PIA and PIAN: does the noise seen in the image itself explain it (Kong et al. 2024)?
+"""PIA and PIAN: compare the noise predicted for an image at timesteps 0 and t (Kong et al. 2024).
 
-Legend: noise -> epsilon_theta(x_0, 0); noisy -> x_t made of it; timestep -> t.
+Legend: noise -> epsilon_theta(x_0, 0); noisy -> x_t made with it; timestep -> t.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 from annotated_types import Ge
 
-from invmm.baselines.membership import check_timesteps, constant_cost, scored, told_at
+from invmm.baselines.membership import check_timesteps, constant_cost, network_timesteps, scored
 from invmm.diffusion.sampling import Sampler
 from invmm.diffusion.schedule import NoiseSchedule
 from invmm.engine.criterion import ReplicationCriterion
@@ -25,12 +25,13 @@ from invmm.engine.requests import Denoise
 class PIA:
     """Mean over latent dimensions of |epsilon_theta(x_0, 0) - epsilon_theta(x_t, t)|^4.
 
-    x_t is the image with epsilon_theta(x_0, 0) for noise. Guidance is not used: a model is asked
-    under the image's own condition.
+    x_t is the image with epsilon_theta(x_0, 0) added as its noise. The model is conditioned on the
+    image's own prompt or label, without guidance.
 
     Attributes:
-        timestep: t.
-        normalised: PIAN: the first noise is scaled to the mean magnitude of a Gaussian one.
+        timestep: noise level t, counted from 0.
+        normalised: PIAN, which scales epsilon_theta(x_0, 0) to the mean absolute value of Gaussian
+            noise.
     """
 
     timestep: Annotated[int, Ge(1)] = 200
@@ -53,10 +54,11 @@ class PIA:
         """See `Measurement`; nothing is random."""
         schedule, latents = setting.schedule, target.latents
         self.check_schedule(schedule)
-        noise = (await Denoise(latents, told_at(0, latents, schedule), target.rows(1))).noise
+        clean = network_timesteps(0, latents, schedule)
+        noise = (await Denoise(latents, clean, target.rows(1))).noise
         if self.normalised:
             noise = noise * (math.sqrt(2 / math.pi) / noise.abs().mean())
-        timesteps = told_at(self.timestep, latents, schedule)
+        timesteps = network_timesteps(self.timestep, latents, schedule)
         noisy = schedule.add_noise(latents, noise, timesteps)
         prediction = await Denoise(noisy, timesteps, target.rows(1))
         return scored((noise - prediction.noise).pow(4).mean())

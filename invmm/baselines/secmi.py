@@ -13,7 +13,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from invmm.baselines.membership import check_timesteps, constant_cost, scored, told_at
+from invmm.baselines.membership import check_timesteps, constant_cost, network_timesteps, scored
 from invmm.diffusion.sampling import Sampler
 from invmm.diffusion.schedule import NoiseSchedule
 from invmm.engine.criterion import ReplicationCriterion
@@ -27,15 +27,16 @@ from invmm.faults import Refusal
 class SecMI:
     """Mean over latent dimensions of (x~_t - psi(phi(x~_t, t), t))^2.
 
-    The image counts as latents at timestep 0, from where DDIM (of a rectified flow: Euler) leads up
-    to t. Guidance is not used: a model is asked under the image's own condition.
+    The latents of the image are taken as those at timestep 0; DDIM inversion (on a rectified flow:
+    Euler) leads from there up to t. The model is conditioned on the image's own prompt or label,
+    without guidance.
 
     Attributes:
         timestep: t, a multiple of the step (paper: 100).
         step: timesteps from one noise level to the next (paper: 10).
 
     Raises:
-        ValueError: the steps do not meet the timestep.
+        ValueError: the timestep is no multiple of the step.
     """
 
     timestep: Annotated[int, Ge(1)] = 100
@@ -72,10 +73,9 @@ class SecMI:
 
         async def moved(latents: Tensor, start: int, end: int) -> Tensor:
             """One deterministic step between two noise levels, up or down."""
-            prediction = await Denoise(latents, told_at(start, latents, schedule), target.rows(1))
-            return schedule.add_noise(
-                prediction.clean_latents, prediction.noise, told_at(end, latents, schedule)
-            )
+            before, after = (network_timesteps(t, latents, schedule) for t in (start, end))
+            prediction = await Denoise(latents, before, target.rows(1))
+            return schedule.add_noise(prediction.clean_latents, prediction.noise, after)
 
         latents = target.latents
         for start in range(0, self.timestep, self.step):

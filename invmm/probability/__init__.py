@@ -1,1 +1,1 @@
-"""How probably the model, used normally, returns an image: counted, split, and certified."""
+"""The probability that a sample from the prior replicates an image: counted, split, certified."""

@@ -1,4 +1,4 @@
-"""Free samples that many images can be compared with.
+"""A bank of free samples, drawn from the prior, with which many images can be compared.
 
 A bank is drawn in blocks, each from a generator of its own, so that any process can draw any block
 and any sample can be drawn again from its index.
@@ -22,16 +22,16 @@ from invmm.faults import Refusal
 from invmm.probability.population import Draws
 
 NUM_SHOWN = 8
-"""Closest samples that an outcome shows, as many as a check of the paper draws."""
+"""Number of closest samples that an outcome shows, as many as a check of the paper draws."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bank:
-    """Free samples by index; nothing is drawn yet.
+    """What determines the samples of a bank; none is drawn yet.
 
     Attributes:
-        seed: of all of them.
-        num_samples: M.
+        seed: from which each block gets its own.
+        num_samples: M, in the bank.
         block_size: samples of a block; the last may be smaller.
         shape: (C, H, W) of a latent.
         sampler: how the model draws.
@@ -45,22 +45,22 @@ class Bank:
 
     @property
     def cost(self) -> Evaluations:
-        """Of all samples."""
+        """Network evaluations of all samples."""
         return sampling_cost(self.num_samples, self.sampler)
 
     @property
     def num_blocks(self) -> int:
-        """Blocks to draw."""
+        """Number of blocks."""
         return -(-self.num_samples // self.block_size)
 
     def draws(self, block: int) -> Draws:
-        """The randomness of a block."""
+        """The random numbers of a block's samples."""
         count = min(self.block_size, self.num_samples - block * self.block_size)
         rng = torch.Generator().manual_seed((self.seed + block) % 2**63)
         return Draws.from_prior(count, self.shape, self.sampler, rng)
 
     def draws_of(self, indices: Tensor) -> Draws:
-        """The randomness of the samples with these indices (B,), in their order."""
+        """The random numbers of the samples with these indices (B,), in their order."""
         blocks = indices // self.block_size
         order = blocks.argsort(stable=True)
         parts = [
@@ -74,25 +74,25 @@ class Bank:
         return (await sampled(self.draws(block), target, setting)).vectors.float().cpu()
 
     async def drawn(self, target: Target, setting: Setting) -> DrawnBank:
-        """All of it, for one image."""
+        """The whole bank, drawn under one image's condition."""
         vectors = [await self.vectors(block, target, setting) for block in range(self.num_blocks)]
         return DrawnBank(self, torch.cat(vectors))
 
 
 @dataclass(frozen=True, eq=False)
 class DrawnBank:
-    """A bank and what its samples look like.
+    """A bank and the embeddings of its samples.
 
     Attributes:
-        bank: to draw any of them again.
-        embeddings: (M, D) of all of them.
+        bank: from which any sample can be drawn again.
+        embeddings: (M, D) unit-norm, on the CPU.
     """
 
     bank: Bank
     embeddings: Tensor
 
     def similarities(self, target: Target) -> Tensor:
-        """(M,) of the samples to an image, on the CPU."""
+        """(M,) similarities of the samples to an image, on the CPU."""
         return self.embeddings @ target.embedding.float().cpu()
 
     async def closest(self, target: Target, setting: Setting) -> Closest:
@@ -106,30 +106,30 @@ class DrawnBank:
 
 @runtime_checkable
 class BankMeasurement(Measurement, Protocol):
-    """A measurement that begins with free samples, which images of one condition can share."""
+    """A measurement that begins with a bank, which images with the same condition can share."""
 
     def bank(self, seed: int, shape: tuple[int, ...], sampler: Sampler) -> Bank:
-        """The samples that all images share, if they share their condition."""
+        """The bank of all images, if they share their condition."""
         ...
 
     async def from_bank(
         self, drawn: DrawnBank, target: Target, setting: Setting, rng: torch.Generator
     ) -> Outcome:
-        """What the measurement says of an image once the bank has been drawn."""
+        """Measures an image, given the drawn bank."""
         ...
 
     def cost_from_bank(self, sampler: Sampler) -> CostRange:
-        """As `Measurement.cost`, of `from_bank`."""
+        """The cost of `from_bank`; see `Measurement.cost`."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class SharedBank:
-    """A measurement whose bank has been drawn, for all images.
+    """A measurement with a bank that was drawn once, for all images.
 
     Attributes:
         drawn: the bank.
-        recipe: what asked for it.
+        recipe: the measurement.
     """
 
     drawn: DrawnBank
@@ -151,7 +151,7 @@ class SharedBank:
 
 
 class Closest:
-    """Samples what an image is compared with, and remembers what came closest to it.
+    """Samples, compares with an image, and keeps the `NUM_SHOWN` samples closest to it.
 
     Args:
         target: the image.
@@ -168,7 +168,7 @@ class Closest:
         self.pixels: list[Tensor] = []
 
     async def see(self, draws: Draws) -> Tensor:
-        """(B,) similarities to the image of what is sampled from the draws, on the CPU."""
+        """Samples from B draws; returns (B,) similarities to the image, on the CPU."""
         embedding = await sampled(draws, self.target, self.setting)
         similarities = (embedding.vectors @ self.target.embedding).float().cpu()
         best, rows = similarities.topk(min(NUM_SHOWN, len(draws)))
@@ -186,7 +186,7 @@ class Closest:
 
 
 async def sampled(draws: Draws, target: Target, setting: Setting) -> Embedding:
-    """What the model makes of the draws under the target's condition."""
+    """Runs the sampler on the draws under the target's condition, decodes and embeds."""
     count = len(draws)
     latents = await Sample(
         draws.noise.to(target.latents),
@@ -200,20 +200,20 @@ async def sampled(draws: Draws, target: Target, setting: Setting) -> Embedding:
 
 
 def sampling_cost(num_samples: int, sampler: Sampler) -> Evaluations:
-    """Of free samples.
+    """Network evaluations of free samples.
 
     Raises:
-        ValueError: several guidance scales are asked for.
+        ValueError: the sampler has several guidance scales.
     """
     evaluations = num_samples * sampler.evaluations_at(only_guidance_scale(sampler))
     return Evaluations(forward=evaluations, sampler=evaluations)
 
 
 def only_guidance_scale(sampler: Sampler) -> float:
-    """The probability is that of one way to use the model.
+    """The guidance scale of a sampler that has just one, as a probability needs.
 
     Raises:
-        ValueError: several ways are asked for.
+        ValueError: it has several.
     """
     if len(sampler.guidance_scales) > 1:
         scales = ", ".join(f"{scale:g}" for scale in sampler.guidance_scales)

@@ -1,10 +1,10 @@
-"""What a replicating noise distribution proves about the replication probability.
+"""The lower bound that a replicating noise distribution proves for the replication probability.
 
 By data processing, a distribution q at KL(q || N(0, I)) = K whose samples replicate at rate r
 satisfies d(r || p) <= K, with p the rate under the prior: p is at least the smaller root of
 d(r || p) = K (ours). This holds for the sampler, guidance scale and prompts that r was counted
-with, and if r is a lower bound from samples drawn after q was frozen. All logarithms are natural;
-K is summed over latent dimensions, so that exp(-K) underflows and only log p is ever formed.
+with, if r is a lower bound from samples drawn after q was frozen. All logarithms are natural; K is
+summed over latent dimensions, so that exp(-K) underflows and only log p is ever computed.
 
 Legend: kl_nats -> K; rate -> r; bernoulli_divergence -> d(r || p).
 """
@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 
 _ROUNDING = 16 * 2.0**-52
-"""Relative error of d(r || p) in double precision, generously: results err on the safe side."""
+"""Generous bound on the relative error of d(r || p) in double precision, so that log p is never
+too high."""
 
 
 def clopper_pearson(
@@ -24,7 +25,7 @@ def clopper_pearson(
 
     Args:
         successes: in [0, trials].
-        trials: at least 1; no whole number where trials that depend on each other count together.
+        trials: at least 1; the effective number, not a whole one, if trials are dependent.
         confidence: in (0, 1).
 
     Returns:
@@ -44,7 +45,7 @@ def clopper_pearson(
 
 
 def lower_rate(successes: int, trials: int, confidence: float = 0.95) -> float:
-    """Exact one-sided lower end of a binomial rate; the r that a certificate may use.
+    """Exact one-sided lower bound of a binomial rate; the r that a certificate may use.
 
     Args:
         successes: in [0, trials], of samples drawn after q was frozen.
@@ -66,14 +67,14 @@ def lower_rate(successes: int, trials: int, confidence: float = 0.95) -> float:
 
 
 def bernoulli_divergence(r: float, p: float) -> float:
-    """d(r || p) = r log(r / p) + (1 - r) log((1 - r) / (1 - p)): the least KL at rate r.
+    """d(r || p) = r log(r / p) + (1 - r) log((1 - r) / (1 - p)): least KL of a q with rate r.
 
     Args:
         r: rate under q, in [0, 1].
         p: rate under the prior, in [0, 1].
 
     Returns:
-        Nats, at least 0; infinite where q does what the prior never does.
+        Nats, at least 0; infinite for p = 0 < r or p = 1 > r.
 
     Raises:
         ValueError: a rate outside [0, 1].
@@ -86,7 +87,7 @@ def bernoulli_divergence(r: float, p: float) -> float:
 
 
 def log_p_certified(kl_nats: float, rate: float) -> float:
-    """The logarithm of the smallest p that a distribution of this KL and rate leaves possible.
+    """The logarithm of the smallest p that is possible given a distribution of this KL and rate.
 
     Solved by bisection in log p, on the side where the divergence is at least K, so the result
     is never above the root. For small p it is -(K + H(r)) / r, with H the binary entropy; for
@@ -124,7 +125,7 @@ def log_p_certified(kl_nats: float, rate: float) -> float:
 
 
 def tightness(kl_nats: float, rate: float, p: float) -> float:
-    """How many times the least possible KL a distribution has: K / d(r || p).
+    """The ratio of a distribution's KL to the least possible one: K / d(r || p).
 
     Args:
         kl_nats: K, summed over latent dimensions, in nats.
@@ -132,10 +133,10 @@ def tightness(kl_nats: float, rate: float, p: float) -> float:
         p: the replication rate under the prior, above 0.
 
     Returns:
-        1 at the optimum; below 1 only through the errors of r and p.
+        1 at the optimum; below 1 only through errors of r and p.
 
     Raises:
-        ValueError: r is not above p, or p is 0: then there is nothing to compare with.
+        ValueError: r is not above p, or p is 0, so that no least KL above 0 exists.
     """
     _check_rate("rate", rate)
     _check_rate("p", p)

@@ -1,6 +1,6 @@
-"""From the factors of independent repeats to one probability and its interval.
+"""Combines independent repeats of multilevel splitting into one probability and its interval.
 
-Legend: factor -> the conditional probability of a level (Au & Beck 2001); their product is p.
+Legend: factor f -> the conditional probability of a level (Au & Beck 2001); their product is p.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
-"""Of all intervals."""
+"""Confidence of all intervals."""
 CORRELATION = 3.0
-"""Variance of a repeat over that of independent particles, as expected beforehand (ours: 1.3 on
+"""Expected ratio of a repeat's variance to that with independent particles (ours: measured 1.3 on
 half-spaces and balls, 1.8 on a union of three half-spaces, 3 on the demo's icons)."""
 PRIOR_FREEDOM = 4
-"""Degrees of freedom that this expectation counts for (ours)."""
+"""Weight of this expectation against the observed spread, in degrees of freedom (ours)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,8 @@ class Ladder:
     """The levels of one repeat.
 
     Attributes:
-        passed: of each level, how many particles passed it (1 at least), and out of how many.
-        reached: whether the last level is that of a replica.
+        passed: per level, the number of particles that passed it (at least 1) and of all.
+        reached: whether the last level is the threshold of a replica.
     """
 
     passed: Sequence[tuple[int, int]]
@@ -32,12 +32,12 @@ class Ladder:
 
     @property
     def log_p(self) -> float:
-        """Log of the probability of the last level: p itself if reached, a bound if not."""
+        """Log of the probability of the last level: of p if reached, else an upper bound."""
         return sum(math.log(survivors / total) for survivors, total in self.passed)
 
     @property
     def relative_variance(self) -> float:
-        """Of the product, as if levels and particles were independent (delta method)."""
+        """Of the product, for independent levels and particles (delta method)."""
         return sum(1 / survivors - 1 / total for survivors, total in self.passed)
 
 
@@ -47,9 +47,9 @@ class ProbabilityEstimate:
 
     Attributes:
         log_p: None if censored.
-        log_p_low: None if censored.
-        log_p_high: at most 0; the only thing known if censored.
-        num_reached: repeats that did reach a replica.
+        log_p_low: lower end of the interval; None if censored.
+        log_p_high: upper end, at most 0; if censored, an upper bound of log p.
+        num_reached: repeats that reached a replica.
     """
 
     log_p: float | None
@@ -61,11 +61,14 @@ class ProbabilityEstimate:
 def combine(ladders: Sequence[Ladder]) -> ProbabilityEstimate:
     """The mean of p over repeats, and an interval on the log scale.
 
-    The variance of log p is that between the repeats, shrunk towards `CORRELATION` times what the
-    delta method gives for independent particles, sum (1 - f) / (f N): a few repeats tell little
-    about their own spread, and copies of a particle are correlated. Student's t has the degrees of
-    freedom of both. A repeat that did not reach a replica counts as p = 0, reaching one as a level
-    of its own; in the upper end it counts at its bound.
+    The variance of log p is that between the repeats, shrunk towards an expected one, since a few
+    repeats tell little about their own spread. The expected variance is that of independent
+    particles by the delta method, sum (1 - f) / (f N), times `CORRELATION`, because copies of a
+    particle are correlated. The interval is Student's, with the degrees of freedom of both.
+
+    A repeat that did not reach a replica counts as p = 0 in the mean. The share of repeats that
+    reached one adds to the variance like the factor of one more level. In the upper end of the
+    interval, a repeat that did not reach a replica counts with its upper bound.
 
     Args:
         ladders: of independent repeats.
@@ -104,7 +107,7 @@ def _log_mean_exp(values: Sequence[float], count: int) -> float:
 
 
 def one_in(log_p: float | None) -> float | None:
-    """1 / p to three digits; None where it is unknown or beyond double precision."""
+    """1 / p to three digits; None if p is unknown or 1 / p exceeds double precision."""
     try:
         return None if log_p is None else float(f"{math.exp(-log_p):.3g}")
     except OverflowError:

@@ -1,4 +1,4 @@
-"""How often the model returns an image when nobody asks for it: counted over free samples."""
+"""Counts how many free samples, drawn from the prior, replicate an image."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from invmm.probability.estimate import one_in
 class FreeSampling:
     """Counts how many free samples replicate an image; the score is -log p per dimension.
 
-    Under no prompt, the empty one or one fixed label all images share one bank, so that their
-    counts are correlated; with captions each image is counted over samples of its own. Columns
-    beside the score: those of `counted`.
+    Without a prompt, or with the empty prompt or one fixed label, all images share one bank, so
+    that their counts are correlated; with captions each image has a bank of its own. Columns beside
+    the score: those of `counted`.
 
     Attributes:
-        num_samples: M; p is told apart from 0 down to about 10 / M.
-        block_size: samples drawn at a time, the unit in which processes share a bank.
+        num_samples: M, samples of a bank; a p below about 10 / M cannot be told from 0.
+        block_size: samples drawn at a time; processes that share a bank divide it in such blocks.
     """
 
     num_samples: Annotated[int, Ge(1)] = 2048
@@ -57,7 +57,7 @@ class FreeSampling:
         check_bank_use(self, use)
 
     async def __call__(self, target: Target, setting: Setting, rng: torch.Generator) -> Outcome:
-        """Counts over a bank that is the image's own; see `Measurement`."""
+        """Draws a bank for this image alone and counts; see `Measurement`."""
         seed = int(torch.randint(2**62, (), generator=rng))
         bank = self.bank(seed, tuple(target.latents.shape[1:]), setting.sampler)
         return await self.from_bank(await bank.drawn(target, setting), target, setting, rng)
@@ -80,16 +80,16 @@ class FreeSampling:
 
 
 def counted(similarities: Tensor, closest: Closest, target: Target, setting: Setting) -> Outcome:
-    """What a bank says of an image by itself.
+    """The outcome of counting the replicas in a bank.
 
     Columns: log_p with its exact 95 % interval (Clopper & Pearson), one_in, count,
-    num_free_samples, method "counted". Without a single replica p is censored: below log_p_high.
+    num_free_samples, method "counted". Without a replica p is censored, and log_p_high bounds it.
 
     Args:
         similarities: (M,) of the bank's samples to the image.
-        closest: of them.
+        closest: the closest samples of the bank.
         target: the image.
-        setting: what counts as a replica.
+        setting: with the criterion of a replica.
     """
     replicas = (similarities >= setting.criterion.threshold).nonzero()[:, 0]
     count, total = len(replicas), len(similarities)

@@ -1,4 +1,4 @@
-"""Particles that climb towards an image: one repeat of multilevel splitting.
+"""The particles of one repeat of multilevel splitting, which climb towards an image.
 
 Legend: Draws.noise -> e; step -> h; level -> the intermediate thresholds of Au & Beck 2001;
 goal -> beta.
@@ -19,12 +19,12 @@ from invmm.engine.requests import draw_seeds
 START = -2.0
 """A level below every cosine similarity."""
 SMALLEST_STEP = 1e-3
-"""Below, a move no longer leaves its place within any budget of ours (ours)."""
+"""Smallest h of a move; shorter moves would lead nowhere within our budgets (ours)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """All the randomness that samples are made of, on the CPU so that every device sees the same.
+    """The random numbers that determine samples, on the CPU so that all devices see the same.
 
     Attributes:
         noise: (B, C, H, W) single precision, in units of the prior's standard deviation.
@@ -39,13 +39,13 @@ class Draws:
     def from_prior(
         cls, count: int, shape: Sequence[int], sampler: Sampler, rng: torch.Generator
     ) -> Draws:
-        """`count` independent draws of latents of a shape (C, H, W), as a user would draw them."""
+        """`count` independent draws for latents of a shape (C, H, W), as a user would draw them."""
         noise = torch.randn((count, *shape), generator=rng)
         return cls(noise, torch.tensor(draw_seeds(count, sampler, rng) or (0,) * count))
 
     @classmethod
     def joined(cls, parts: Sequence[Draws]) -> Draws:
-        """One after the other."""
+        """The draws of all parts, in order."""
         return cls(
             torch.cat([part.noise for part in parts]), torch.cat([part.seeds for part in parts])
         )
@@ -63,9 +63,9 @@ class Draws:
     def moved_towards(self, fresh: Draws, step: float) -> Draws:
         """Preconditioned Crank-Nicolson: e' = sqrt(1 - h^2) e + h n, invariant under N(0, I).
 
-        A seed has no neighbours, so it is proposed anew: an independent draw leaves its uniform
-        distribution invariant too, and the pair is a valid move for stochastic samplers. The
-        more of a sample its seed decides, the rarer such moves are accepted.
+        A seed has no neighbours, so the seed of `fresh` is proposed: an independent draw leaves its
+        uniform distribution invariant too, and the pair is a valid move for stochastic samplers.
+        The more of a sample its seed decides, the more rarely such moves are accepted.
         """
         return Draws(math.sqrt(1 - step**2) * self.noise + step * fresh.noise, fresh.seeds)
 
@@ -78,23 +78,23 @@ class Draws:
 
 
 def next_level(similarities: Tensor, *, current: float, goal: float, num_kept: int) -> float:
-    """The highest similarity of those particles that fail; who lives on lies strictly above it.
+    """The threshold of the next level: the highest similarity among the particles that fail.
 
-    Counted so, the product of factors is an unbiased estimate (Brehier et al. 2016), which it
-    is not if the lowest survivor sets the threshold.
+    Survivors lie strictly above it. With this threshold the product of factors is an unbiased
+    estimate (Brehier et al. 2016); with that of the lowest survivor it is not.
 
-    Similarities may be tied: if the best are, the threshold is the next lower similarity, so that
-    some live on. If all are, it stays, and moves alone can tell the particles apart;
-    `Population.raise_level` says how such rounds are counted.
+    If the highest similarities are tied, the threshold is the next lower one, so that some
+    particles survive. If all are tied, it stays at `current`, and only moves can separate the
+    particles; `Population.raise_level` says how such rounds are counted.
 
     Args:
         similarities: (N,) all above the current threshold.
-        current: threshold that the particles live above.
+        current: threshold of the current level.
         goal: the threshold of a replica.
-        num_kept: particles that live on unless there are ties, in [1, N).
+        num_kept: particles that survive unless there are ties, in [1, N).
 
     Returns:
-        The goal if it is not above that similarity: then replicas are counted, not climbed to.
+        The threshold, but at most the goal, at which replicas are counted.
     """
     ordered = similarities.sort().values
     failed = ordered[len(ordered) - num_kept - 1]
@@ -107,7 +107,7 @@ def next_level(similarities: Tensor, *, current: float, goal: float, num_kept: i
 
 
 class Population:
-    """Particles, the level that they live above, and what it took to get there.
+    """The particles of one repeat, and the levels that they have passed.
 
     It begins with free samples, of which only those that pass the first level become particles.
 
@@ -121,10 +121,11 @@ class Population:
         target_acceptance: share of accepted moves that h is adapted to.
 
     Attributes:
-        levels: threshold of each round; it stays where all particles are tied, and the last is
-            the goal once it has been reached.
-        passed: how many passed each higher threshold, and out of how many.
-        acceptances: share of the moves accepted in each round, but for the last.
+        levels: threshold of each round; equal to the one before if all particles were tied, and
+            the goal in the round that reaches it.
+        passed: for each threshold above the one before, the number of particles that passed it
+            and of those that might have.
+        acceptances: share of accepted moves of each round; the last round makes none.
     """
 
     def __init__(
@@ -149,21 +150,20 @@ class Population:
 
     @property
     def reached(self) -> bool:
-        """Whether the particles that remain are replicas."""
+        """Whether the level is the threshold of a replica."""
         return bool(self.levels) and self.levels[-1] == self.goal
 
     @property
     def stalled(self) -> bool:
-        """Whether h is at its smallest: even the shortest moves fall below the level."""
+        """Whether h is at its smallest, since even the shortest moves fall below the level."""
         return self.step <= SMALLEST_STEP
 
     def raise_level(self) -> None:
-        """Sets the next threshold and counts who passes it.
+        """Sets the next threshold and counts the particles that pass it.
 
-        A round in which all are tied leaves the threshold, and nobody of it passes the next one:
-        it adds its particles to those out of which the next threshold is passed. Without that, p
-        would be that of the luckiest round (ours). Particles of which none has moved are those of
-        the round before, and are not counted again.
+        In a round in which all particles are tied, the threshold stays, and its particles count as
+        failures at the next threshold. Otherwise p would be that of the luckiest round (ours). If
+        no particle has moved since the round before, they are not counted again.
         """
         current = self.levels[-1] if self.levels else START
         level = next_level(
@@ -178,10 +178,10 @@ class Population:
             self._tied += len(self.similarities)
 
     def resample(self, rng: torch.Generator) -> None:
-        """N copies of those who passed the level.
+        """Replaces the particles by N copies of those that passed the level.
 
-        Every survivor is copied equally often, up to one, chosen at random: as unbiased as
-        drawing with replacement, with less variance.
+        The numbers of copies differ by at most one, and chance decides which survivors get one
+        more: as unbiased as drawing with replacement, with less variance.
         """
         survivors = self._pass(self.similarities).nonzero()[:, 0]
         order = torch.randperm(len(survivors), generator=rng)
@@ -191,7 +191,7 @@ class Population:
         self._accepted = []
 
     def propose(self, sampler: Sampler, rng: torch.Generator) -> Draws:
-        """A move of every particle, not yet made."""
+        """Proposes a move of every particle."""
         fresh = Draws.from_prior(len(self.draws), self.draws.noise.shape[1:], sampler, rng)
         return self.draws.moved_towards(fresh, self.step)
 
@@ -199,7 +199,7 @@ class Population:
         """Accepts the moves that stay above the level, and adapts h (Andrieu & Thoms 2008).
 
         Args:
-            proposals: of `propose`.
+            proposals: from `propose`.
             similarities: (N,) of their samples to the image.
         """
         stays = self._pass(similarities)
@@ -211,10 +211,10 @@ class Population:
         self.step = min(1.0, max(SMALLEST_STEP, step))
 
     def settle(self) -> None:
-        """After the last move at a level."""
+        """Ends the moves of a round: records the share that was accepted."""
         self.acceptances.append(sum(self._accepted) / len(self._accepted))
 
     def _pass(self, similarities: Tensor) -> Tensor:
-        """Who lies above the last level, or at least at it if it is the goal."""
+        """(B,) bool: which similarities lie above the level (or at it, if it is the goal)."""
         level = self.levels[-1]
         return similarities >= level if self.reached else similarities > level

@@ -1,8 +1,8 @@
-"""Multilevel splitting: how rarely the prior itself returns an image (Au & Beck 2001).
+"""Multilevel splitting: the probability that the prior returns an image (Au & Beck 2001).
 
 p = P[similarity(sampler(e), x0) >= beta] for e ~ N(0, I) is a product of conditional
-probabilities, each large enough to be counted: of reaching the next level of similarity from the
-one before. It needs neither gradients nor the inside of the model.
+probabilities, each large enough to be counted: that of reaching the next level of similarity from
+the one before. It needs neither gradients nor access to the inside of the model.
 
 Legend: num_particles -> N; level_probability -> p0; initial_step -> h; the criterion's threshold
 -> beta.
@@ -45,40 +45,45 @@ class Splitting:
     prior; InvMM is the least over diagonal Gaussians only. So the score (`invmm_star`) is on the
     scale of InvMM, and its ideal (ours).
 
-    A bank of free samples comes first. If it holds enough replicas, p is counted. Else every
-    repeat takes an equal part of the bank, begins with as many of its closest samples as survive
-    any level, and climbs from there: so repeats stay independent, and their spread holds the
-    bank's own variance. Repeats draw from one budget: who has arrived, or can no longer move,
-    leaves the rest of it to the others. Under no prompt, the empty one or one fixed label all
-    images share one bank; it costs each of them little, and their errors are correlated. If the
-    budget ends before any repeat has reached replicas, those in the bank are counted, however few.
+    First a bank of free samples is drawn. If it holds enough replicas, p is counted. Otherwise the
+    bank is divided equally among the repeats. Each begins with the closest samples of its part, as
+    many as survive a level, and climbs from there. So repeats are independent, and their spread
+    includes the variance of the bank. Repeats share one budget: one that has reached replicas, or
+    can no longer move, leaves the rest to the others. If the budget ends before any repeat has
+    reached replicas, those in the bank are counted, however few.
+
+    Without a prompt, or with the empty prompt or one fixed label, all images share one bank; it
+    costs each of them little, but their errors are correlated.
 
     The seed of a stochastic sampler is a coordinate of the particle beside its noise; see
-    `Draws.moved_towards`. Where seeds decide (DDPM, DDIM with eta near 1) few moves are accepted,
-    and estimates scatter by nats: trust the interval, or use a smaller eta.
+    `Draws.moved_towards`. If seeds decide much of a sample (DDPM, DDIM with eta near 1), few moves
+    are accepted, and estimates scatter by nats: trust the interval, or use a smaller eta.
 
-    Levels and h are adapted, which leaves p a few percent too high; choosing between count and
-    splitting by one and the same bank, up to a tenth more where about `min_count` replicas are
-    expected. Log p lies a little low on average. Columns beside the score:
+    The estimate of p is biased upwards: by a few percent, because levels and h adapt to the
+    particles, and by up to a tenth more if about `min_count` replicas are expected, because the
+    bank also decides between counting and splitting. The estimate of log p is a little too low on
+    average. Columns beside the score:
 
     - method: "counted" or "split".
     - log_p, log_p_low, log_p_high: nats, with the 95 % interval, exact if counted, else that of
-      `combine`; if censored, only log_p_high, below which p lies.
+      `combine`; if censored, only log_p_high, an upper bound of log p.
     - one_in: 1 / p, the draws that one replica takes on average.
     - count, num_free_samples: replicas in the bank, and its size.
     - num_levels: of the longest repeat; num_reached: repeats that reached replicas.
-    - highest_level: similarity above which some repeat's particles live.
+    - highest_level: the highest threshold of similarity that any repeat has passed.
     - acceptance: share of all moves accepted.
 
     Attributes:
-        bank_size: free samples that images of one condition share.
-        own_bank_size: free samples of an image that has a condition of its own.
-        block_size: free samples drawn at a time, the unit in which processes share a bank.
-        min_count: replicas in the bank from which p is counted.
+        bank_size: free samples of a bank that images with the same condition share.
+        own_bank_size: free samples of the bank of an image that has a condition of its own.
+        block_size: free samples drawn at a time; processes that share a bank divide it in such
+            blocks.
+        min_count: least number of replicas in the bank for which p is counted.
         num_particles: of one repeat.
         level_probability: share of the particles that reaches the next level (Au & Beck: 0.1).
         moves: Crank-Nicolson moves of every particle at a level.
-        initial_step: h of the first move, from 0 (stays) to 1 (forgets); adapted at every move.
+        initial_step: h of the first move, from 0 (stays) to 1 (independent of where it was);
+            adapted at every move.
         target_acceptance: share of accepted moves that h is adapted to.
         max_samples: budget of the moves of all repeats, for one image, beside its bank; a level
             of a repeat takes `moves` times `num_particles`. p is censored if it does not suffice.
@@ -86,7 +91,7 @@ class Splitting:
 
     Raises:
         ValueError: a level would keep no particle, a bank is too small to begin with, or the
-            budget moves nobody.
+            budget does not suffice for one level.
     """
 
     bank_size: Annotated[int, Ge(1)] = 2048
@@ -142,7 +147,7 @@ class Splitting:
         check_bank_use(self, use)
 
     async def __call__(self, target: Target, setting: Setting, rng: torch.Generator) -> Outcome:
-        """Splits a bank that is the image's own; see `Measurement`."""
+        """Draws a bank for this image alone, then counts or splits; see `Measurement`."""
         seed = int(torch.randint(2**62, (), generator=rng))
         bank = self._bank(
             self.own_bank_size, seed, tuple(target.latents.shape[1:]), setting.sampler
@@ -154,22 +159,22 @@ class Splitting:
     ) -> Outcome:
         """Counts, or climbs with all repeats side by side; see `BankMeasurement`."""
         sampler, goal = setting.sampler, setting.criterion.threshold
-        free = drawn.similarities(target)
+        free_similarities = drawn.similarities(target)
         closest = await drawn.closest(target, setting)
-        count = int((free >= goal).sum())
+        count = int((free_similarities >= goal).sum())
         if count >= self.min_count:
-            return counted(free, closest, target, setting)
+            return counted(free_similarities, closest, target, setting)
         populations = [
-            self._population(drawn.bank, rows, free[rows], goal)
-            for rows in torch.arange(len(free)).tensor_split(self.repeats)
+            self._population(drawn.bank, rows, free_similarities[rows], goal)
+            for rows in torch.arange(len(free_similarities)).tensor_split(self.repeats)
         ]
-        climbing, left = populations, self.max_samples
+        climbing, budget = populations, self.max_samples
         while True:
             for population in climbing:
                 population.raise_level()
             climbing = [each for each in climbing if not each.reached and not each.stalled]
-            left -= self._round_size(len(climbing))
-            if not climbing or left < 0:
+            budget -= self._round_size(len(climbing))
+            if not climbing or budget < 0:
                 break
             for population in climbing:
                 population.resample(rng)
@@ -182,15 +187,15 @@ class Splitting:
             for population in climbing:
                 population.settle()
         if count and not any(population.reached for population in populations):
-            return counted(free, closest, target, setting)
-        return _outcome(populations, closest, free, target, setting)
+            return counted(free_similarities, closest, target, setting)
+        return _outcome(populations, closest, free_similarities, target, setting)
 
     def cost(self, sampler: Sampler, criterion: ReplicationCriterion) -> CostRange:
-        """See `Measurement`; fewest: the bank counts enough replicas."""
+        """See `Measurement`; fewest: the bank holds enough replicas to count."""
         return self.cost_from_bank(sampler) + sampling_cost(self.own_bank_size, sampler)
 
     def cost_from_bank(self, sampler: Sampler) -> CostRange:
-        """See `BankMeasurement`; fewest: the bank counts enough replicas."""
+        """See `BankMeasurement`; fewest: the bank holds enough replicas to count."""
         shown = sampling_cost(NUM_SHOWN, sampler)
         return CostRange(fewest=shown, most=shown + sampling_cost(self.max_samples, sampler))
 
@@ -199,7 +204,7 @@ class Splitting:
         return int(self.level_probability * self.num_particles)
 
     def _round_size(self, repeats: int) -> int:
-        """Samples that so many repeats draw for the moves of one level."""
+        """Samples that this number of repeats draws for the moves of one level."""
         return repeats * self.moves * self.num_particles
 
     def _bank(self, size: int, seed: int, shape: tuple[int, ...], sampler: Sampler) -> Bank:
@@ -224,7 +229,7 @@ class Splitting:
 def _outcome(
     populations: Sequence[Population],
     closest: Closest,
-    free: Tensor,
+    free_similarities: Tensor,
     target: Target,
     setting: Setting,
 ) -> Outcome:
@@ -233,7 +238,7 @@ def _outcome(
     )
     acceptances = [value for population in populations for value in population.acceptances]
     first = populations[0]
-    replicas = (free >= setting.criterion.threshold).nonzero()[:, 0]
+    replicas = (free_similarities >= setting.criterion.threshold).nonzero()[:, 0]
     nats = None if estimate.log_p is None else 0.0 - estimate.log_p
     return Outcome(
         status=_status(estimate),
@@ -250,7 +255,7 @@ def _outcome(
             "log_p_high": estimate.log_p_high,
             "one_in": one_in(estimate.log_p),
             "count": len(replicas),
-            "num_free_samples": len(free),
+            "num_free_samples": len(free_similarities),
             "num_levels": max(len(population.levels) for population in populations),
             "num_reached": estimate.num_reached,
             "highest_level": max(-1.0, *(population.levels[-1] for population in populations)),
@@ -260,5 +265,5 @@ def _outcome(
 
 
 def _status(estimate: ProbabilityEstimate) -> Status:
-    """An estimate proves that a sample replicates; without one, p is censored, not 0."""
+    """ESTIMATED if some sample replicated; else p is CENSORED, since it need not be 0."""
     return Status.CENSORED if estimate.log_p is None else Status.ESTIMATED
