@@ -1,1 +1,1 @@
-"""Images with stable ids, captions, splits and copies, whatever state their files are in."""
+"""Data sets: images with stable ids, captions, splits and copies; broken files end no run."""

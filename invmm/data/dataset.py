@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the project: entries that are cheap, images that may fail."""
+"""The interface of data sets: entries that are cheap to list, and images that may fail to load."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class ImageEntry:
     """One image of a data set; nothing is decoded yet.
 
     Attributes:
-        image_id: stable and unique: the relative POSIX path in NFC, or the code point of an icon.
-        path: where it comes from.
-        caption: its prompt, if there is one.
-        label: its class, if there is one.
-        split: whether the model saw it in training.
-        copies: how many times it stands in the training set; 0 held out, None unknown.
+        image_id: stable and unique, such as the relative POSIX path in NFC or an icon's code point.
+        path: of the file, or a description of the source.
+        caption: its prompt; None if it has none.
+        label: its class number; None if it has none.
+        split: whether the model was trained on it.
+        copies: how many times it is in the training set; 0 if held out, None if unknown.
         error: why it cannot be used, if that is known without opening it.
     """
 
@@ -46,7 +46,7 @@ class ImageEntry:
 
     @property
     def group(self) -> Group | None:
-        """The stratum by number of copies; None if that is unknown."""
+        """The group by number of copies; None if that is unknown."""
         if self.copies is None:
             return "held_out" if self.split == "held_out" else None
         return "duplicated" if self.copies > 1 else "single" if self.copies == 1 else "held_out"
@@ -70,8 +70,8 @@ class ImageDataset(Protocol):
 
     Attributes:
         entries: the images to measure, in a stable order.
-        problems: remarks for the person who runs it.
-        size: side of the loaded images.
+        problems: remarks for the user.
+        size: side of the loaded images in pixels.
         source: where the images come from, and their licence if it asks for credit.
     """
 
@@ -85,7 +85,7 @@ class ImageDataset(Protocol):
         ...
 
     def training_entries(self) -> Sequence[ImageEntry]:
-        """All images with at least one copy, whether they are measured or not."""
+        """All images with at least one copy, measured or not."""
         ...
 
 
@@ -94,7 +94,7 @@ class DatasetRecipe(Protocol):
     """How to get a data set."""
 
     def open(self, size: int) -> ImageDataset:
-        """Lists the images; they will be loaded at size x size.
+        """Lists the images; they will be loaded at size x size pixels.
 
         Raises:
             ValueError: the data set as a whole cannot be used.
@@ -118,11 +118,10 @@ def select(
     Args:
         entries: all of them.
         ids: only these, in this order.
-        take: at most so many of each group, in their order; groups that are not named are left
-            out.
+        take: group -> how many images at most, the first ones; other groups are left out.
 
     Raises:
-        ValueError: an id that is not there, or nothing is left to measure.
+        ValueError: an id is not in the data set, or no image is left to measure.
     """
     if ids is not None:
         by_id = {entry.image_id: entry for entry in entries}

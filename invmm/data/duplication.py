@@ -1,4 +1,4 @@
-"""The duplication plan: which image stands in the training set how many times."""
+"""The duplication plan: how many times each image is in the training set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder of images, with captions where there are some."""
+"""A folder of images, with captions if it has some."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ImageFolder:
         label: column of the class numbers; null takes label, if it exists.
         size: side of the loaded images; null takes the model's.
         resize: what happens to images that are not square: crop, squash or pad (on white).
-        recursive: look into subfolders.
+        recursive: read subfolders too.
         training_manifest: a training_manifest.json.
         ids: measure only these.
         take: measure at most so many of each group: duplicated, single, held_out.
@@ -71,10 +71,10 @@ class ImageFolder:
         entries = listing.entries(recursive=self.recursive)
         problems = listing.problems.lines()
         if not entries:
-            found = "".join(f"; {problem}" for problem in problems)
+            remarks = "".join(f"; {problem}" for problem in problems)
             raise ValueError(
                 f"dataset.path={self.path} holds no images that can be read "
-                f"({', '.join(formats())}); give a folder of images{found}"
+                f"({', '.join(formats())}); give a folder of images{remarks}"
             )
         if self.training_manifest is not None:
             copies = TrainingManifest.read(Path(self.training_manifest)).copies_by_sha256()
@@ -106,7 +106,7 @@ class OpenFolder:
         return load_image(read_bytes(Path(entry.path)), size=self.size, resize=self.resize)
 
     def training_entries(self) -> list[ImageEntry]:
-        """All usable images; one copy where nothing else is known, none of the held-out ones."""
+        """All usable images that were not held out, with one copy if the number is unknown."""
         known = [
             replace(entry, copies=1) if entry.copies is None else entry
             for entry in self.everything
@@ -116,7 +116,7 @@ class OpenFolder:
 
 
 def _with_copies(entry: ImageEntry, copies_by_sha256: Mapping[str, int]) -> ImageEntry:
-    """Split and copies by content: an image that the manifest does not know was held out."""
+    """The entry with split and copies by its content; if the manifest lacks it, it was held out."""
     if entry.error is not None:
         return entry
     try:

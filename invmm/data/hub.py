@@ -1,8 +1,8 @@
 """Data sets of the Hugging Face hub, parquet files and image folders, by the library `datasets`.
 
-Nothing of a data set is trusted: only parquet files that are named one by one are read, a README
-that points elsewhere has no say, images are decoded by `invmm.data.images`, and a row that holds a
-path or URL instead of an image's bytes is refused.
+Data sets are not trusted: parquet files are passed to the library one by one, so that a README
+cannot point it elsewhere; images are decoded by `invmm.data.images`; and a row that holds a path or
+URL instead of an image's bytes is refused.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ class HubImages:
         path: a hub id such as uoft-cs/cifar10, a parquet file, a folder of them, or an image
             folder (see `ImageFolder`; then image, caption and label name columns of its metadata,
             null finds them, and split is ignored).
-        name: the configuration, where a data set has several.
-        revision: of a hub repository; its parquet copy is refs/convert/parquet.
+        name: the configuration, if the data set has several.
+        revision: of a hub repository; refs/convert/parquet is the hub's copy as parquet files.
         split: as in the names of the files: train-00000-of-00001.parquet or train/0000.parquet.
         image: column of the images.
         caption: column of the prompts; null for none.
         label: column of the class numbers; null for none.
-        id_column: column of unique ids; null counts the rows: train-000000, train-000001, ...
-        first: only so many rows from the beginning.
-        rows: only the rows with these numbers, counted from 0.
+        id_column: column of unique ids; null numbers the rows: train-000000, train-000001, ...
+        first: use only this many rows from the beginning.
+        rows: use only the rows with these numbers, counted from 0.
         streaming: fetch only the rows of `first` or `rows`, not whole files.
-        seen: whether the model was trained on them: train, held_out or unknown.
-        num_images: how many there are, for dry runs on a machine without them.
+        seen: whether the model was trained on the images: train, held_out or unknown.
+        num_images: number of images, for dry runs on a machine without the data set.
         size: side of the loaded images; null takes the model's.
         resize: what happens to images that are not square: crop, squash or pad (on white).
         ids: measure only these.
@@ -108,7 +108,7 @@ class HubImages:
         """Reads captions, labels and ids; no image is decoded.
 
         Raises:
-            ValueError: not there, no parquet files of the split, or a column that is not there.
+            ValueError: the data set, the parquet files of the split or a column is missing.
         """
         root = Path(self.path).expanduser()
         if root.is_dir() and not any(map(is_data, root.rglob("*.parquet"))):
@@ -158,10 +158,13 @@ class HubImages:
         )
 
     def _wanted(self, count: int | None) -> list[int]:
-        """Numbers of the chosen rows.
+        """Numbers of the chosen rows, counted from 0.
 
         Args:
-            count: rows of the data set; None if unknown, then `first` and `rows` are not checked.
+            count: rows of the data set; if None, `first` and `rows` are not checked against it.
+
+        Raises:
+            ValueError: more rows are chosen than there are.
         """
         chosen = range(self.first) if self.first is not None else self.rows
         if count is None:
@@ -174,7 +177,7 @@ class HubImages:
         return list(chosen)
 
     def _streamed(self, files: Sequence[str]) -> str:
-        """A parquet file with the chosen rows alone, kept in the cache."""
+        """Path of a parquet file in the cache that holds just the chosen rows."""
         wanted = self._wanted(None)
         key = {
             "files": [(file, _version(file)) for file in files],
@@ -201,15 +204,15 @@ class HubImages:
         import pyarrow.parquet
 
         try:
-            there = pyarrow.parquet.read_schema(files[0]).names
+            present = pyarrow.parquet.read_schema(files[0]).names
         except (OSError, pyarrow.ArrowException) as error:
             raise ValueError(f"{files[0]} is no parquet file: {error}") from error
         for key in ("image", "caption", "label", "id_column"):
             column = getattr(self, key)
-            if column is not None and column not in there:
+            if column is not None and column not in present:
                 raise ValueError(
                     f"dataset.{key}={column} is no column of {self.path}; there are "
-                    f"{', '.join(there)}"
+                    f"{', '.join(present)}"
                 )
         with self._readable() as datasets:
             return self._load(datasets, files, streaming=False)
@@ -226,10 +229,10 @@ class HubImages:
 
     @contextmanager
     def _readable(self) -> Iterator[Any]:
-        """The library; what it raises becomes a fault of the data set.
+        """Yields the library `datasets`; any exception in the block becomes one line.
 
         Raises:
-            ValueError: with one line, or the library is not installed.
+            ValueError: in place of the exception, or the library is not installed.
         """
         try:
             import datasets
@@ -317,10 +320,10 @@ class OpenRows:
         return load_image(value["bytes"], size=self.size, resize=self.resize)
 
     def training_entries(self) -> list[ImageEntry]:
-        """All rows, one copy each, if they were not held out."""
+        """All rows that were not held out, with one copy each."""
         return [replace(e, copies=1) for e in self.everything if e.split != "held_out"]
 
 
 def _version(file: str) -> list[int]:
-    """Size and time of change of a local file; [] for a hub address, which names its commit."""
+    """Size and modification time of a local file; [] for a hub address, which names its commit."""
     return [] if "://" in file else [os.stat(file).st_size, os.stat(file).st_mtime_ns]

@@ -1,9 +1,9 @@
-"""From the bytes of an image file to pixels, or to one line that says why not.
+"""Decodes the bytes of an image file to pixels, or fails with one line that says why.
 
-What counts as the picture: the first frame, turned as its EXIF says, alpha over white, converted
-to RGB; colour profiles are ignored, as training pipelines do. Resizing: the shorter side to the
-target by Lanczos with antialiasing, then the centre square ("crop"); or both sides ("squash"); or
-the longer side, on white ("pad").
+The picture is the first frame, rotated by its EXIF orientation, alpha over white, converted to RGB;
+colour profiles are ignored, as in training pipelines. It is resized by Lanczos with antialiasing:
+the shorter side to the target size, of which the centre square is taken ("crop"); or both sides
+("squash"); or the longer side, filled up with white ("pad").
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Resize = Literal["crop", "squash", "pad"]
 MAX_FILE_BYTES = 256 * 2**20
 """Larger files are not read."""
 MAX_PIXELS = 100_000_000
-"""Larger images are not decoded: a decompression bomb says in its header how large it is."""
+"""Larger images are not decoded; this stops decompression bombs by the size in their header."""
 MIN_SIDE = 4
 """Smaller images are refused: nothing could be recognised in them."""
 FORMATS = tuple("PNG JPEG WEBP BMP GIF TIFF JPEG2000 AVIF HEIF PPM ICO TGA".split())  # noqa: SIM905
-"""No other format is opened, whatever a file is called: on PostScript, Pillow runs Ghostscript."""
+"""No other format is opened, whatever the file name: for PostScript, Pillow runs Ghostscript."""
 HEIF_EXTENSIONS = (".heic", ".heif", ".hif")
 """File name endings that are read if pillow-heif is installed."""
 

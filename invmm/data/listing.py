@@ -1,4 +1,4 @@
-"""Lists the images of a folder with the captions, labels and copies of its metadata and texts."""
+"""Lists the images of a folder with the captions, labels and copies in its metadata and texts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Listed(NamedTuple):
 
 @dataclass
 class Listing:
-    """Reads a folder and its metadata; no image is opened, and nothing outside the folder.
+    """Reads a folder and its metadata; opens no image, and nothing outside the folder.
 
     Attributes:
         root: the folder, with its links resolved.
@@ -99,11 +99,11 @@ class Listing:
 
     def _path(self, image_id: str) -> Path:
         """The path of an image, whose name on disk may be in NFC or NFD."""
-        if (found := self._walk.images.get(image_id)) is not None:
-            return found
+        if (path := self._walk.images.get(image_id)) is not None:
+            return path
         forms = (image_id, unicodedata.normalize("NFD", image_id))
-        there = (self.root / form for form in forms if os.path.lexists(self.root / form))
-        return next(there, self.root / image_id)
+        existing = (self.root / form for form in forms if os.path.lexists(self.root / form))
+        return next(existing, self.root / image_id)
 
     def _error(self, image_id: str, path: Path, listed: _Listed | None) -> str | None:
         """Why an image cannot be used; None if it can."""
@@ -207,19 +207,19 @@ class Listing:
             return with_slashes if with_slashes in self._walk.images else image_id
         return image_id
 
-    def _check_columns(self, there: Iterable[str]) -> None:
-        there = list(there)
+    def _check_columns(self, columns: Iterable[str]) -> None:
+        present = list(columns)
         for option in ("caption", "label"):
             column = getattr(self.columns, option)
-            if column is not None and column not in there:
-                if not there:
+            if column is not None and column not in present:
+                if not present:
                     raise ValueError(
                         f"dataset.{option}={column} names a column, but the folder has no "
                         f"metadata; use dataset.{option}=null"
                     )
                 raise ValueError(
                     f"dataset.{option}={column} is no column of its metadata; there are "
-                    f"{', '.join(there)}; give one of them, or dataset.{option}=null"
+                    f"{', '.join(present)}; give one of them, or dataset.{option}=null"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Which images a data set holds and how often: the list that training leaves beside its model."""
+"""The training manifest: which images a model was trained on, and how many copies of each."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class TrainingManifest:
         return manifest
 
     def copies_by_sha256(self) -> Counter[str]:
-        """How often each content stands in the training set, under whatever ids."""
+        """SHA-256 -> copies of that content in the training set, summed over ids."""
         copies: Counter[str] = Counter()
         for entry in self.entries:
             copies[entry.sha256] += entry.copies
@@ -73,7 +73,7 @@ class TrainingManifest:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the list; the order does not matter."""
+        """SHA-256 of the list, whatever its order."""
         lines = sorted(f"{e.image_id}\t{e.sha256}\t{e.split}\t{e.copies}" for e in self.entries)
         return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Images in memory, for whoever calls from Python."""
+"""Images in memory, for callers from Python."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class MemoryImages:
 
     Attributes:
         images: id -> a Pillow image or the path of a file.
-        prompts: id -> caption or class label; may lack some or all (None or NaN, or no key).
-        resize: what happens to images that are not square.
+        prompts: id -> caption or class label; images without a prompt have no key.
+        resize: what happens to images that are not square: crop, squash or pad (on white).
     """
 
     images: Mapping[str, Image.Image | str | Path]
@@ -37,10 +37,11 @@ class MemoryImages:
 
         Args:
             images: Pillow images or paths.
-            prompts: captions or class labels in the same shape, or None.
+            prompts: captions or class labels, by the same ids or in the same order; None, NaN or no
+                key where there is none.
 
         Raises:
-            ValueError: nothing to measure, something else than images, or prompts that do not fit.
+            ValueError: there are no images, other values than images, or prompts that do not fit.
         """
         named = _by_id(images, "images")
         prompt_by_id = {} if prompts is None else _by_id(prompts, "prompts")
@@ -138,7 +139,7 @@ def _prompt(key: str, value: Any) -> str | int | None:
 
 
 def _header(image: Image.Image) -> str:
-    """What may differ between pictures of the same bytes: mode, size, palette, orientation."""
+    """What tells apart pictures of the same bytes: mode, size, palette, orientation."""
     colours = (image.getpalette(), image.info.get("transparency"), image.getexif().get(0x0112))
     return f"{image.mode} {image.size}" + (f" {colours}" * any(c is not None for c in colours))
 

@@ -22,7 +22,7 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 CAPTIONS = ("text", "caption", "prompt")
 """Columns that may hold captions if the user names none."""
 _NONE = ("", "nan", "null", "none", "<na>")
-"""Cells of a csv file, in lower case, by which libraries write that there is no value."""
+"""Cells of a csv file, in lower case, that libraries write for an absent value."""
 MAX_ROWS = 20_000_000
 """A parquet file of more rows is refused: a few bytes can encode any number of equal rows."""
 
@@ -57,7 +57,7 @@ class Columns:
     label: str | None = None
 
     def reads(self, column: str) -> bool:
-        """Whether a column has a meaning here, though not in every row."""
+        """Whether a column is read at all, though perhaps not in every row."""
         known = {"file_name", "image", "label", "copies", "split", *CAPTIONS}
         named = {self.image, self.caption, self.label}
         return column in known | named or column.endswith("_file_name")  # of another picture
@@ -73,10 +73,10 @@ class Columns:
             return values.get(column)
         if "file_name" in values:
             return values["file_name"]
-        found = [key for key in values if key == "image" or key.endswith("_file_name")]
-        if len(found) > 1:
-            raise ValueError(_ambiguous(where, found, "image"))
-        return values[found[0]] if found else None
+        candidates = [key for key in values if key == "image" or key.endswith("_file_name")]
+        if len(candidates) > 1:
+            raise ValueError(_ambiguous(where, candidates, "image"))
+        return values[candidates[0]] if candidates else None
 
     def caption_in(self, values: Mapping[str, Any], where: str) -> Any:
         """The caption of a row as the file holds it.
@@ -86,11 +86,11 @@ class Columns:
         """
         if self.caption is not None:
             return values.get(self.caption)
-        found = {key: values.get(key) for key in CAPTIONS}
-        found = {key: value for key, value in found.items() if value != "" and not is_absent(value)}
-        first = next(iter(found.values()), None)
-        if any(value != first or type(value) is not type(first) for value in found.values()):
-            raise ValueError(_ambiguous(where, list(found), "caption"))
+        cells = {key: values.get(key) for key in CAPTIONS}
+        texts = {key: value for key, value in cells.items() if value != "" and not is_absent(value)}
+        first = next(iter(texts.values()), None)
+        if any(value != first or type(value) is not type(first) for value in texts.values()):
+            raise ValueError(_ambiguous(where, list(texts), "caption"))
         return first
 
     def label_in(self, values: Mapping[str, Any]) -> Any:
@@ -109,7 +109,7 @@ def read_rows(path: Path, shown: str, columns: Columns, problems: Problems) -> l
 
     Raises:
         ImageError: it is no regular file, or empty, or too large.
-        ValueError: it cannot be read, names no image, or several columns may hold the same thing.
+        ValueError: it cannot be read, names no image, or several columns could be the same one.
     """
     content = read_bytes(path)
     try:
@@ -159,7 +159,7 @@ def _read_jsonl(content: bytes) -> Iterator[tuple[int, Mapping[str, Any] | str]]
 
 
 class _KeyTwice(Exception):
-    """A JSON object has a key twice, of which parsers take one or the other."""
+    """A JSON object has a key twice, of which parsers take either value."""
 
 
 def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -219,6 +219,6 @@ def _check_header(columns: list[str]) -> None:
         raise ValueError(f"its header has {twice[0]} twice; name each column once")
 
 
-def _ambiguous(where: str, found: list[str], option: str) -> str:
-    cures = " or ".join(f"dataset.{option}={column}" for column in found)
-    return f"{where} has {' and '.join(found)}; give {cures}"
+def _ambiguous(where: str, columns: list[str], option: str) -> str:
+    cures = " or ".join(f"dataset.{option}={column}" for column in columns)
+    return f"{where} has {' and '.join(columns)}; give {cures}"

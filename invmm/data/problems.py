@@ -16,7 +16,7 @@ class _Kind:
 
 @dataclass
 class Problems:
-    """Collects remarks; the first of a kind is printed in full, the others are counted."""
+    """Collects remarks; the first of a kind is shown in full, the others are counted."""
 
     _kinds: dict[str, _Kind] = field(default_factory=dict)
 
@@ -35,18 +35,18 @@ class Problems:
 
     def lines(self) -> list[str]:
         """One line for each kind, in the order of their first remarks."""
-        found = []
+        lines = []
         for group in self._kinds.values():
             more, shown = group.count - 1, ", ".join(group.examples)
             dots = ", ..." if more > len(group.examples) else ""
-            found.append(group.sentence + (f"; likewise {more:,} more: {shown}{dots}" * bool(more)))
-        return found
+            lines.append(group.sentence + (f"; likewise {more:,} more: {shown}{dots}" * bool(more)))
+        return lines
 
 
-def names(found: list[str]) -> str:
+def names(values: list[str]) -> str:
     """The number of names and the first of them, as in "(2): 'a', 'b'"."""
-    dots = ", ..." if len(found) > _EXAMPLES else ""
-    return f"({len(found):,}): {', '.join(map(repr, found[:_EXAMPLES]))}{dots}"
+    dots = ", ..." if len(values) > _EXAMPLES else ""
+    return f"({len(values):,}): {', '.join(map(repr, values[:_EXAMPLES]))}{dots}"
 
 
 def short_repr(value: object) -> str:

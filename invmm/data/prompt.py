@@ -1,4 +1,4 @@
-"""What a conditional model is told to draw when an image is measured."""
+"""The prompt or class label under which a conditional model is measured on an image."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ class Prompt:
     """The condition of an image.
 
     Attributes:
-        kind: none for an unconditional model; empty, the image's caption or one that is learned
-            together with the noise for a text model; the image's class label for a
-            class-conditional one.
-        label: of all images; null takes each one's own.
-        negative: what guidance pushes away from; empty as in diffusers' pipelines.
-        search: how a learned one is searched.
+        kind: none for an unconditional model; for a text model empty, caption (the image's own) or
+            learned (together with the noise); class_label for a class-conditional model.
+        label: class label of all images; null takes each image's own.
+        negative: the negative prompt of guidance; empty as in diffusers' pipelines.
+        search: how a learned prompt is searched.
 
     Raises:
-        ValueError: an option that the kind does not have, or lacks.
+        ValueError: an option that the kind does not have, or one that it needs is missing.
     """
 
     kind: Kind = "none"
@@ -61,7 +60,7 @@ class Prompt:
 
     @property
     def is_shared(self) -> bool:
-        """Whether all images have the same one."""
+        """Whether all images have the same condition."""
         return self.kind in ("none", "empty") or self.label is not None
 
     def check(self, entries: Sequence[ImageEntry]) -> None:
@@ -83,9 +82,9 @@ class Prompt:
             )
 
     def of(self, entry: ImageEntry) -> str | int | None:
-        """The text or label of an image; None if there is none to give.
+        """The text or label of an image; None for an unconditional model.
 
-        A learned prompt has the caption too, for encoders that are not searched.
+        For a learned prompt it is the caption, which encoders that are not searched read.
 
         Raises:
             ImageError: it needs a caption or label and has none.

@@ -15,7 +15,7 @@ _LIMIT = 10**9
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a value stands for none: null, or NaN, as pandas writes it."""
+    """Whether a value is null, or NaN, which pandas writes in its place."""
     return value is None or (isinstance(value, float) and value != value)
 
 
@@ -23,7 +23,7 @@ def caption_of(value: Any) -> str | None:
     """A caption; None if it is absent or empty.
 
     Raises:
-        ValueError: it is not a text, but the number of a class for example.
+        ValueError: it is not a text, but a class number for example.
     """
     if is_absent(value):
         return None
@@ -33,7 +33,7 @@ def caption_of(value: Any) -> str | None:
 
 
 def label_of(value: Any) -> int | None:
-    """The number of a class; None if it is absent.
+    """A class number; None if it is absent.
 
     Raises:
         ValueError: it is not a whole number from 0 to 10^9 - 1.
@@ -64,7 +64,7 @@ def _whole(value: Any, name: str, meaning: str) -> int | None:
 
 @dataclass
 class Tally:
-    """Counts the usable values of a column; one that the user named must have some.
+    """Counts the usable values of a column; a column that the user named must have some.
 
     Attributes:
         option: caption or label.

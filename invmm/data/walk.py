@@ -99,9 +99,9 @@ class Walk:
         Args:
             used: ids that metadata lists, whose files count as images whatever they are called.
         """
-        for kind, found in self.skipped.items():
-            if left := [name for name in found if canonical(name) not in used]:
-                self.problems.add(_KINDS[kind].format(names(left)), "")
+        for kind, skipped in self.skipped.items():
+            if unread := [name for name in skipped if canonical(name) not in used]:
+                self.problems.add(_KINDS[kind].format(names(unread)), "")
 
     def _sort(self, folder: Path, files: list[str], subfolders: list[str]) -> None:
         forms = [name for name in files if name in METADATA_FILES]
