@@ -1,1 +1,1 @@
-"""Looking at what a run left on disk: statistics, pictures, tables. Reads artifacts only."""
+"""Statistics, pictures and tables of finished runs; reads only the files that they wrote."""

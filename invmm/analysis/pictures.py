@@ -1,4 +1,4 @@
-"""Pictures of a run: what people look at before they read a number."""
+"""Pictures of a run: a gallery of images with their closest samples, and a histogram of scores."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 MAX_GALLERY_ROWS = 32
 MAX_GALLERY_SAMPLES = 8
 MAX_GALLERY_DUPLICATES = 4
-"""Images of one near-duplicate group."""
+"""Largest number of images shown of one near-duplicate group."""
 _HEADER_INCHES = 0.7
 
 
 def gallery(run_dir: Path, frame: pd.DataFrame) -> Path:
-    """gallery.png: each image beside its closest samples, most memorized first.
+    """Draws gallery.png: each image beside its closest samples, most memorized first.
 
-    Near-duplicates follow the first of them, tied by a bar at their left.
-    Membership scores draw no samples: the images alone, most like a training image first.
+    Near-duplicates follow the first of their group, with a bar at their left. Membership scores
+    have no samples: the gallery shows the images alone, most like a training image first.
     """
     from matplotlib.patches import Patch
 
@@ -69,7 +69,7 @@ def gallery(run_dir: Path, frame: pd.DataFrame) -> Path:
 
 
 def score_histogram(run_dir: Path, frame: pd.DataFrame) -> Path:
-    """scores.png: scores by group, the censored in a bar of their own at the right."""
+    """Draws scores.png: scores by group, with the censored images in a bar at the right."""
     groups = image_groups(frame)
     scored, censored_images = has_score(frame), is_censored(frame)
     of_membership = is_membership(frame)
@@ -109,7 +109,7 @@ def score_histogram(run_dir: Path, frame: pd.DataFrame) -> Path:
 
 
 def _together(frame: pd.DataFrame) -> pd.DataFrame:
-    """A ranked table, the near-duplicates of an image after it, but not too many of them."""
+    """A ranked table, regrouped so that some near-duplicates of an image follow it directly."""
     groups = frame.groupby(near_duplicate_groups(frame), sort=False)
     places = groups.ngroup()[groups.cumcount() < MAX_GALLERY_DUPLICATES]
     return frame.loc[places.sort_values(kind="stable").index]
@@ -124,7 +124,7 @@ def _gallery_row(
     _frame(row[0], COLOURS[group])
     name = record.image_id if record.caption is None or record.isna().caption else record.caption
     copies = "" if record.isna().copies else f", {record.copies}x in training"
-    lines = [f"{one_line(name, 34)}{copies}", *_found(record)]
+    lines = [f"{one_line(name, 34)}{copies}", *_result_lines(record)]
     if num_alike > 1:
         lines.append(f"one of {num_alike} near-duplicates")
     row[0].text(
@@ -139,21 +139,21 @@ def _gallery_row(
     )
 
 
-def _found(record: pd.Series) -> list[str]:
-    """What a measurement says of an image, in lines."""
+def _result_lines(record: pd.Series) -> list[str]:
+    """The result of a measurement as lines for the gallery."""
     empty, draws = record.isna(), shown_draws(record)
-    found = [] if record.status == Status.SCORED else [record.status.lower().replace("_", " ")]
+    parts = [] if record.status == Status.SCORED else [record.status.lower().replace("_", " ")]
     if not empty.get("num_free_samples", True):
-        found = [f"{record['count']:,.0f} of {record.num_free_samples:,.0f} free samples"]
+        parts = [f"{record['count']:,.0f} of {record.num_free_samples:,.0f} free samples"]
     elif not draws and not empty.score:
-        found.append(f"score {shown_score(record)}")
+        parts.append(f"score {shown_score(record)}")
     if not empty.best_similarity:
-        found.append(f"similarity {record.best_similarity:.2f}")
-    return [", ".join(found), *([f"one in {draws} draws"] if draws else [])]
+        parts.append(f"similarity {record.best_similarity:.2f}")
+    return [", ".join(parts), *([f"one in {draws} draws"] if draws else [])]
 
 
 def _tie(first: Axes, last: Axes) -> None:
-    """A bar at the left of near-duplicates, from the first to the last."""
+    """Draws a bar at the left of near-duplicates, from the first to the last."""
     from matplotlib.patches import ConnectionPatch
 
     first.add_artist(

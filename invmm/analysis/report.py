@@ -1,4 +1,4 @@
-"""Everything there is to see of a run, from its records."""
+"""The report of a run, made from its records: table, summary, pictures and costs."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def report(run_dir: Path) -> str:
     damaged = [f"left out: {fault}" for fault in record_faults(run_dir)]
     files = ", ".join(str(path) for path in (run_dir / "scores.parquet", *pictures))
     costs = accounting(read_processes(run_dir), frame)
-    found = (summary(frame), replicating_share(run_dir, frame), duplicate_groups(frame))
-    parts = (*(part for part in found if part), costs, *damaged, f"written: {files}")
+    results = (summary(frame), replicating_share(run_dir, frame), duplicate_groups(frame))
+    parts = (*(part for part in results if part), costs, *damaged, f"written: {files}")
     return "\n".join(("", table(frame), "", *parts))

@@ -1,4 +1,4 @@
-"""How well a score tells some images from others: AUROC and TPR at low FPR, with intervals."""
+"""How well a score separates two sets of images: AUROC and TPR at low FPR, with intervals."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ MAX_FALSE_POSITIVE_RATE = 0.01
 
 @dataclass(frozen=True)
 class Contrast:
-    """How well a score tells some images, the positives, from others.
+    """How well a score separates positives from negatives.
 
     Attributes:
-        positives: how many.
-        negatives: how many.
-        auroc: probability that a positive stands above a negative, ties counted half.
+        positives: number of positive images.
+        negatives: number of negative images.
+        auroc: probability that a positive ranks above a negative, ties counted half.
         tpr_at_fpr_1: true-positive rate at the last operating point whose false-positive rate is
-            <= 1 %. Its interval is that of the operating point which these negatives set: fewer
-            than 100 of them say little of where it lies among others.
+            <= 1 %. Its interval takes that point as given; fewer than 100 negatives hardly tell
+            where it would be for others.
     """
 
     positives: int
@@ -44,12 +44,12 @@ class Contrast:
 def contrast(
     frame: pd.DataFrame, positives: pd.Series, negatives: pd.Series, *, tie_break: bool
 ) -> Contrast | None:
-    """`separated` of a score table, near-duplicates counted together in the intervals.
+    """`separated` for a score table; near-duplicates count together in the intervals.
 
     Args:
         frame: score table of the images that were measured.
-        positives: bool, which of them should score as more memorized.
-        negatives: bool, than these.
+        positives: (N,) bool, the images that should score as more memorized.
+        negatives: (N,) bool, the images that they are compared with.
         tie_break: see `memorization_order`.
     """
     order = memorization_order(frame, tie_break=tie_break)
@@ -72,13 +72,13 @@ def separated(
 
     Args:
         positives: (m,) numbers that grow with memorization.
-        negatives: (n,) of the other side.
-        duplicates: the duplicate group of each positive and of each negative; None if no two images
-            are alike.
+        negatives: (n,) likewise.
+        duplicates: (m,) and (n,) near-duplicate groups of the positives and of the negatives; None
+            if no two images are alike.
 
     Returns:
-        None if a side is empty or holds NaN; intervals from 0 to 1 if one has a single group, which
-        says nothing of its spread.
+        None if a side is empty or holds NaN; intervals from 0 to 1 if a side has a single group, as
+        its spread is then unknown.
     """
     from sklearn.metrics import auc, roc_curve
 
@@ -108,7 +108,7 @@ def separated(
 
 
 def _wilson(rate: float, trials: float) -> tuple[float, float]:
-    """95 % score interval of a rate in [0, 1] of so many trials (Wilson 1927)."""
+    """95 % score interval of a rate in [0, 1] from a number of trials (Wilson 1927)."""
     shrunk = 1.959963984540054**2 / trials  # square of the 0.975 quantile of N(0, 1)
     reach = math.sqrt(rate * (1 - rate) * shrunk + shrunk**2 / 4)
     low, high = ((rate + shrunk / 2 + side * reach) / (1 + shrunk) for side in (-1, 1))

@@ -1,4 +1,4 @@
-"""Sheets of pictures for the studies: images beside what a model drew, where looking says more."""
+"""Sheets of pictures for the studies: images beside the samples that a model drew."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Tile:
     """One picture.
 
     Attributes:
-        picture: (H, W, 3) uint8; None leaves its place empty.
-        title: above it.
+        picture: (H, W, 3) uint8; None leaves the place empty.
+        title: text above it.
         colour: of the title.
-        framed: in black, as a replica.
+        framed: whether it has a black frame, which marks a replica.
     """
 
     picture: np.ndarray | None
@@ -46,7 +46,7 @@ class Row:
 
     Attributes:
         tiles: as many as the sheet has columns.
-        name: at their left, in lines.
+        name: text at their left, may have several lines.
         colour: of the name.
     """
 
@@ -56,11 +56,11 @@ class Row:
 
 
 def image_and_closest(run_dir: Path, record: pd.Series) -> tuple[Tile, Tile]:
-    """An image, and the closest free sample with its similarity, framed if any is a replica.
+    """An image, and its closest free sample with its similarity, framed if it is a replica.
 
     Args:
-        run_dir: of a run that counted replicas.
-        record: of the image, a row of its score table.
+        run_dir: folder of a run that counted replicas.
+        record: row of the image in the run's score table.
     """
     image, closest = (*read_pictures(run_dir, record.to_dict()), None, None)[:2]
     if closest is None:

@@ -1,4 +1,4 @@
-"""What the scores of a run say together, and how sure one can be."""
+"""Statistics over the scores of a run, with intervals."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Proportion:
     """A share with its exact interval.
 
     Attributes:
-        count: successes.
-        total: trials.
+        count: number of successes.
+        total: number of trials.
         low: lower end of the Clopper-Pearson 95 % interval.
         high: its upper end.
     """
@@ -39,25 +39,25 @@ class Proportion:
 
 
 def proportion(count: int, total: int) -> Proportion:
-    """Clopper-Pearson 95 %; of nothing, anything between 0 and 1."""
+    """A share with its Clopper-Pearson 95 % interval, which is 0 to 1 without trials."""
     return Proportion(count, total, *(clopper_pearson(count, total) if total else (0.0, 1.0)))
 
 
 def memorization_order(frame: pd.DataFrame, *, tie_break: bool) -> np.ndarray:
     """A number per image that grows with memorization, for rank statistics.
 
-    Images without a score are censored, not infinite: they rank behind all that have one, tied,
-    or by their best similarity.
+    Images without a score are censored: they rank below all that have one, either tied or ordered
+    by their best similarity.
 
     Args:
         frame: the score table.
-        tie_break: order the censored by best similarity.
+        tie_break: order the censored by best similarity; else they are tied.
     """
     scored = has_score(frame).to_numpy()
-    behind = frame.best_similarity.fillna(-1).to_numpy() if tie_break else np.zeros(len(frame))
+    closeness = frame.best_similarity.fillna(-1).to_numpy() if tie_break else np.zeros(len(frame))
     ranks = np.empty(len(frame))
-    ranks[scored] = 2 - _standing(frame.score.to_numpy()[scored])
-    ranks[~scored] = _standing(behind[~scored]) - 2
+    ranks[scored] = 2 - _scaled_ranks(frame.score.to_numpy()[scored])
+    ranks[~scored] = _scaled_ranks(closeness[~scored]) - 2
     return ranks
 
 
@@ -80,7 +80,7 @@ class Estimate:
 
 
 def independent_count(groups: np.ndarray) -> float:
-    """How many independent images weigh as much, (sum of sizes)^2 / (sum of squares) (Kish 1965).
+    """The effective number of independent images, (sum of sizes)^2 / sum of sizes^2 (Kish 1965).
 
     Args:
         groups: (N,) the near-duplicate group of each image, N >= 1.
@@ -93,16 +93,16 @@ def independent_count(groups: np.ndarray) -> float:
 
 
 def median_interval(values: np.ndarray) -> Estimate | None:
-    """The median with its exact interval between two of the values, whatever their distribution.
+    """The median with its exact 95 % interval between two of the values, for any distribution.
 
-    The interval inverts the sign test, and so holds the median in at least 95 % of samples.
+    The interval inverts the sign test, so it contains the median in at least 95 % of samples.
 
     Args:
-        values: (N,) independent of each other.
+        values: (N,) independent values.
 
     Returns:
-        None for fewer than 6 values or any NaN: even from the smallest to the largest of 5, an
-        interval misses the median in 6 % of samples.
+        None for NaN or fewer than 6 values: the interval from the smallest to the largest of 5
+        misses the median in 6 % of samples.
     """
     from scipy.stats import quantile_test
 
@@ -118,9 +118,9 @@ class SuccessCurve:
 
     Attributes:
         budgets: (n,) rising, at which an image succeeded or gave up.
-        shares: (n,) within each of them, in [0, 1].
-        low: (n,) lower end of the 95 % log-log interval; NaN while no or every image succeeded,
-            where the formula says nothing.
+        shares: (n,) of images that succeed within each budget, in [0, 1].
+        low: (n,) lower end of the 95 % log-log interval; NaN where none or all succeeded, for which
+            the formula is undefined.
         high: (n,) its upper end.
     """
 
@@ -134,8 +134,8 @@ def success_curve(budgets: np.ndarray, succeeded: np.ndarray) -> SuccessCurve:
     """Success against budget, where images that gave up are censored, not failed.
 
     Args:
-        budgets: (N,) steps or evaluations that each image took, until success or its end; one
-            that ends where another succeeds counts as at risk there.
+        budgets: (N,) steps or evaluations of each image until it succeeded or gave up; one that
+            gives up where another succeeds still counts as at risk there.
         succeeded: (N,) bool.
     """
     from scipy.stats import CensoredData, ecdf
@@ -157,8 +157,8 @@ def rank_correlation(
     """Spearman's correlation of two runs over the images that both measured, censored ones last.
 
     The interval is that of Fisher's z with the variance (1 + r^2 / 2) / (n - 3) of Bonett & Wright
-    (2000). For r = 1 or -1, where z is infinite, its inner end is that of the next correlation that
-    n ranks can have, with two neighbours swapped. Near-duplicates count together.
+    (2000). For r = 1 or -1, where z is infinite, its inner end is computed from the next possible
+    correlation of n ranks, that with two neighbours swapped. Near-duplicates count together.
 
     Args:
         left: score table of one run.
@@ -166,11 +166,11 @@ def rank_correlation(
         tie_break: order the censored by best similarity; else they are tied.
 
     Returns:
-        In [-1, 1], 1 if both rank alike, with the interval from -1 to 1 of fewer than 4 independent
-        images; None if either does not tell any two images apart.
+        In [-1, 1], 1 if both rank alike; the interval is -1 to 1 for fewer than 4 independent
+        images. None if all images are tied in either run.
 
     Raises:
-        ValueError: an image stands in a table twice.
+        ValueError: a table has an image twice.
     """
     from scipy.stats import spearmanr
 
@@ -187,14 +187,14 @@ def rank_correlation(
     first, second = (memorization_order(table, tie_break=tie_break) for table in tables)
     if min(len(np.unique(first)), len(np.unique(second))) < 2:
         return None
-    found: Any = spearmanr(first, second)
-    rho = float(np.clip(found.statistic, -1, 1))
+    correlation: Any = spearmanr(first, second)
+    rho = float(np.clip(correlation.statistic, -1, 1))
     images = min(independent_count(near_duplicate_groups(table).to_numpy()) for table in tables)
     return Estimate(rho, *spearman_interval(rho, images))
 
 
 def spearman_interval(rho: float, images: float) -> tuple[float, float]:
-    """95 % interval of a rank correlation of so many independent images, see `rank_correlation`."""
+    """95 % interval of a rank correlation of independent images; see `rank_correlation`."""
     if images < 4:
         return -1.0, 1.0
     largest = 1 - 12 / (images * (images**2 - 1))
@@ -205,7 +205,7 @@ def spearman_interval(rho: float, images: float) -> tuple[float, float]:
 
 
 def found_shares(frame: pd.DataFrame) -> dict[str, Proportion]:
-    """Group -> the share of its measured images that have a score; of no images in some."""
+    """Group -> the share of its measured images that have a score; groups may be empty."""
     measured = frame.loc[has_score(frame) | is_censored(frame)]
     groups, scored = image_groups(measured), has_score(measured)
     return {
@@ -225,12 +225,12 @@ def image_groups(frame: pd.DataFrame) -> pd.Series:
 
 
 def near_duplicate_groups(frame: pd.DataFrame) -> pd.Series:
-    """The near-duplicate group of each image; of those that are like no other, their own id."""
+    """The near-duplicate group of each image; its own id if no other image is like it."""
     return frame.near_duplicate_group.fillna(frame.image_id)
 
 
-def _standing(values: np.ndarray) -> np.ndarray:
-    """Ranks scaled into (0, 1), ties shared: comparable within, whatever the scale."""
+def _scaled_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks scaled into (0, 1); tied values share their mean rank."""
     from scipy.stats import rankdata
 
     return rankdata(values) / (len(values) + 1)

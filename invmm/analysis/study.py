@@ -1,4 +1,4 @@
-"""How a study ends: a summary of numbers, figures and tables, and whether they are as expected.
+"""The end of a study: writes its summary, figures and tables, and compares with expectations.
 
 A study is a folder of `experiments/`: `run.sh` trains and measures, `plot.py` turns the saved
 records into `summary.json`, figures and the tables behind them, and `expected.json` says what they
@@ -33,8 +33,8 @@ def read_run(run_dir: Path) -> pd.DataFrame:
     """The score table of a finished run, from its records.
 
     Raises:
-        SystemExit: there is none, or records of it are damaged; a line names the command that
-            makes them.
+        SystemExit: the table is missing or records are damaged; a printed line names the command
+            that makes them.
     """
     again = f"`make study STUDY={run_dir.parent.name}` measures what is left"
     if not (run_dir / "scores.parquet").is_file():
@@ -61,11 +61,11 @@ def found_by_group(frame: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 
 def share_table(runs: Mapping[Any, pd.DataFrame], name: str) -> pd.DataFrame:
-    """`found_by_group` of some runs, one line a run and group.
+    """`found_by_group` of several runs, one row per run and group.
 
     Args:
-        runs: by what tells them apart.
-        name: the column that holds it.
+        runs: label of each run -> its score table.
+        name: name of the column of labels.
     """
     import pandas as pd
 
@@ -87,9 +87,9 @@ def separation(frame: pd.DataFrame) -> dict[str, float | None]:
     sides = groups == "duplicated", groups == "held_out"
     values = {}
     for suffix, tie_break in (("", True), ("_score_alone", False)):
-        found = contrast(measured, *sides, tie_break=tie_break)
+        result = contrast(measured, *sides, tie_break=tie_break)
         for name in ("auroc", "tpr_at_fpr_1"):
-            estimate = found and getattr(found, name)
+            estimate = result and getattr(result, name)
             values[name + suffix] = rounded(estimate and estimate.value, 4)
             values[f"{name}{suffix}_low"] = rounded(estimate and estimate.low, 4)
             values[f"{name}{suffix}_high"] = rounded(estimate and estimate.high, 4)
@@ -97,14 +97,14 @@ def separation(frame: pd.DataFrame) -> dict[str, float | None]:
 
 
 def rounded(value: float | None, digits: int = 3) -> float | None:
-    """None for what is not there."""
+    """The number rounded; None for None or NaN."""
     import pandas as pd
 
     return None if value is None or pd.isna(value) else round(float(value), digits)
 
 
 def shown_estimate(estimate: Estimate | None) -> dict[str, float | None] | None:
-    """With its interval, for a summary."""
+    """The value and interval of an estimate, rounded for a summary."""
     return estimate and {end: rounded(value, 5) for end, value in asdict(estimate).items()}
 
 
@@ -115,14 +115,14 @@ def finish(
     figures: Mapping[str, Figure],
     tables: Mapping[str, pd.DataFrame],
 ) -> int:
-    """Writes summary.json, figures and tables, and holds the summary to expected.json.
+    """Writes summary.json, figures and tables, and compares the summary with expected.json.
 
     Args:
         study: the folder of `experiments/` with expected.json.
-        results: where all of them go.
-        summary: nested, its leaves numbers, texts or lists.
-        figures: by file name without suffix, each as PDF and PNG.
-        tables: by file name without suffix, as CSV: the numbers behind the figures.
+        results: the folder to write to.
+        summary: nested mappings of numbers, texts or lists.
+        figures: by file name without suffix, each written as PDF and PNG.
+        tables: by file name without suffix, written as CSV: the numbers behind the figures.
 
     Returns:
         The exit code: 0 as expected, 1 if not; every difference is printed.
@@ -149,7 +149,7 @@ def finish(
 def unexpected(
     summary: Mapping[str, Any], expected: Mapping[str, Mapping[str, float]]
 ) -> list[str]:
-    """What differs, one line each.
+    """The differences of a summary from what is expected, one line each.
 
     Args:
         summary: as in `finish`.
@@ -157,7 +157,7 @@ def unexpected(
             `value` with `within` (absolute, 0 unless given), `at_least`, `at_most`.
 
     Raises:
-        ValueError: a bound of another name, or none.
+        ValueError: a path with no bounds or an unknown one.
     """
     differences = []
     for path, bounds in expected.items():
@@ -169,14 +169,14 @@ def unexpected(
             raise ValueError(
                 f"{path} has the bounds {dict(bounds)}; known are {', '.join(_BOUNDS)}"
             )
-        found = _at(summary, path)
-        if isinstance(found, bool) or not isinstance(found, int | float):
-            differences.append(f"{path} is {found!r}, no number")
+        value = _at(summary, path)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            differences.append(f"{path} is {value!r}, no number")
             continue
         low = max(bounds.get("at_least", -float("inf")), _ends(bounds)[0])
         high = min(bounds.get("at_most", float("inf")), _ends(bounds)[1])
-        if not low <= found <= high:
-            differences.append(f"{path} is {found:g}, not in [{low:g}, {high:g}]")
+        if not low <= value <= high:
+            differences.append(f"{path} is {value:g}, not in [{low:g}, {high:g}]")
     return differences
 
 

@@ -1,4 +1,4 @@
-"""One look for all figures: colour-blind safe, and the same bytes from the same records."""
+"""The style of all figures: colour-blind safe, and the same bytes from the same records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLOURS = {
     "held_out": "#009E73",
     "unknown": "#666666",
 }
-"""Of the groups of images (Okabe and Ito's palette)."""
+"""Colours of the groups of images (Okabe and Ito's palette)."""
 LABELS = {
     "duplicated": "duplicated in training",
     "single": "one copy in training",
@@ -31,7 +31,7 @@ LABELS = {
 
 
 def copies_label(copies: int) -> str:
-    """How often an image stood in the training set, for a legend."""
+    """The label of a number of copies in the training set, for a legend."""
     if copies <= 1:
         return LABELS["single" if copies else "held_out"]
     return f"{copies} copies"
@@ -83,7 +83,7 @@ def subplots(
 
 
 def save_figure(figure: Figure, *paths: Path) -> tuple[Path, ...]:
-    """Writes it in the format of each path, without dates, and returns the paths."""
+    """Writes a figure in the format of each path, without dates; returns the paths."""
     undated = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Producer": None}}
     for path in paths:
         drawn = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The table and the summary that a run ends with."""
+"""The table and the summary that are printed at the end of a run."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _COLUMNS = {
     "steps": ">6",
     "evaluations": ">11",
 }
-"""Of the table, with their widths."""
+"""Columns of the table -> their format."""
 _OF_MEMBERSHIP = ("image", "copies", "status", "score", "evaluations")
-"""Those that a membership score fills."""
+"""Columns of the table for membership scores."""
 _ERROR_WIDTH = 300
 _GROUP_WIDTH = 300
 _LARGEST_EXPONENT = 700.0  # of what a double can hold
@@ -69,7 +69,7 @@ def shown_score(row: pd.Series) -> str:
 
 
 def shown_draws(row: pd.Series) -> str:
-    """Draws that one replica takes, with their 95 % interval, or their bound if censored; or ""."""
+    """Draws per replica with their 95 % interval, or a bound if censored; "" if not estimated."""
     empty = row.isna()
     if not empty.get("one_in", True):
         few, many = math.exp(-row.log_p_high), math.exp(min(-row.log_p_low, _LARGEST_EXPONENT))
@@ -91,9 +91,9 @@ def shown_repeats(row: pd.Series) -> str:
     """How many repeats found a score, and the least and largest of them; "" without repeats."""
     if row.isna().num_found:
         return ""
-    found = f"{row.num_found:.0f}"
+    count = f"{row.num_found:.0f}"
     return (
-        found if row.isna().score_low else f"{found}, {row.score_low:.3f} to {row.score_high:.3f}"
+        count if row.isna().score_low else f"{count}, {row.score_low:.3f} to {row.score_high:.3f}"
     )
 
 
@@ -102,11 +102,11 @@ _LAST = {
     "one_in": ("one in ... draws (95 %)", shown_draws),
     "confirm_drawn": ("fresh replicas (95 %)", shown_confirmation),
 }
-"""What makes further columns -> their header and text."""
+"""Column of a score table -> header and text of the last column of the table that it adds."""
 
 
 def summary(frame: pd.DataFrame) -> str:
-    """What was found by group, how well the score tells the groups apart, what failed."""
+    """Results by group, how well the score separates the groups, and images without a result."""
     scored = has_score(frame)
     measured = scored | is_censored(frame)
     groups = image_groups(frame)
@@ -126,12 +126,12 @@ def summary(frame: pd.DataFrame) -> str:
 def _memorization(measured: pd.DataFrame, groups: pd.Series) -> list[str]:
     """Replicated images by group, false alarms, and both rankings."""
     of_probability = measured.status.isin((Status.ESTIMATED, Status.CENSORED)).any()
-    found = "p estimated for" if of_probability else "replicated"
+    success = "p estimated for" if of_probability else "replicated"
     lines = []
     for group, share in found_shares(measured).items():
         if share.total:
             name = "held_out (false alarms)" if group == "held_out" else group
-            lines.append(f"{name}: {found} {share}")
+            lines.append(f"{name}: {success} {share}")
     for tie_break in (True, False):
         how = ", score, ties broken by best similarity" if tie_break else ", score alone"
         lines += _separation(measured, groups, ("duplicated",), how, tie_break=tie_break)
@@ -139,7 +139,7 @@ def _memorization(measured: pd.DataFrame, groups: pd.Series) -> list[str]:
 
 
 def _membership(scored: pd.DataFrame, groups: pd.Series) -> list[str]:
-    """Scores by group, and how well they tell what was trained on from what was not."""
+    """Scores by group, and how well they separate training images from held-out ones."""
     lines = ["membership scores: lower is more like a training image"]
     for group in LABELS:
         mine = scored.score[groups == group]
@@ -157,11 +157,11 @@ def _separation(
     measured: pd.DataFrame, groups: pd.Series, members: Sequence[str], how: str, *, tie_break: bool
 ) -> list[str]:
     """The lines of an AUROC against held_out; none if a side is empty."""
-    found = contrast(measured, groups.isin(members), groups == "held_out", tie_break=tie_break)
-    if found is None:
+    result = contrast(measured, groups.isin(members), groups == "held_out", tie_break=tie_break)
+    if result is None:
         return []
     name = members[0] if len(members) == 1 else "training"
-    area, rate = found.auroc, found.tpr_at_fpr_1
+    area, rate = result.auroc, result.tpr_at_fpr_1
     return [
         f"AUROC {name} against held_out{how}: {area.value:.3f} "
         f"(95 % interval {area.low:.2f} to {area.high:.2f})",
@@ -171,7 +171,7 @@ def _separation(
 
 
 def replicating_share(run_dir: Path, frame: pd.DataFrame) -> str:
-    """Free samples that replicate any image of a group; "" if the images share none."""
+    """The share of free samples that replicate any image, by group; "" without a shared bank."""
     if not has_shared_bank(run_dir) or "num_free_samples" not in frame:
         return ""
     total = int(frame.num_free_samples.max())
@@ -180,12 +180,12 @@ def replicating_share(run_dir: Path, frame: pd.DataFrame) -> str:
     for group in ("training", "held_out", "unknown"):
         mine = frame[(groups == group) & frame.num_free_samples.notna()]
         if len(mine):
-            found = {
+            replicas = {
                 int(index)
                 for _, record in mine.iterrows()
                 for index in read_replicas(run_dir, record.to_dict())
             }
-            share = proportion(len(found), total)
+            share = proportion(len(replicas), total)
             lines.append(f"free samples that replicate any {group} image: {share}")
     return "\n".join(lines)
 
@@ -208,7 +208,7 @@ def duplicate_groups(frame: pd.DataFrame) -> str:
 
 
 def accounting(processes: Sequence[Mapping[str, Any]], frame: pd.DataFrame) -> str:
-    """What the records cost, and how the processes that came to their end spent their time."""
+    """Network evaluations of the records, and how the processes that ended spent their time."""
     columns = [f"evaluations_{kind}" for kind in ("forward", "sampler", "backward")]
     forward, sampler, backward = (int(rows) for rows in frame[columns].sum())
     lines = [

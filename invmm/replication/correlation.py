@@ -27,7 +27,7 @@ class PixelCorrelation:
     size: Annotated[int, Ge(1)] | None = None
 
     def load(self, device: torch.device) -> PixelCorrelation:
-        """Needs nothing loaded: it is its own network."""
+        """Returns itself: it has no weights to load."""
         return self
 
     def embed(self, pixels: Tensor) -> Tensor:

@@ -16,21 +16,22 @@ class SimilarityRecipe(Protocol):
     """How to get a similarity network."""
 
     def load(self, device: torch.device) -> Similarity:
-        """The network, ready on its device."""
+        """Loads the network for embeddings on a device."""
         ...
 
     def identity(self) -> dict[str, str | int]:
-        """What makes two similarities comparable: name, weights, input size, normalisation."""
+        """Name, weights, input size, normalisation: similarities compare only if all are equal."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replication(ReplicationCriterion):
-    """A criterion and the networks that judge it.
+    """A criterion, and the similarity networks that its samples are compared by.
 
     Attributes:
-        similarity: decides.
-        second_opinion: stored beside, decides nothing; a control against artefacts of the first.
+        similarity: decides which samples are replicas.
+        second_opinion: its similarities are recorded and decide nothing; a control against
+            artefacts of the first network.
     """
 
     similarity: SimilarityRecipe

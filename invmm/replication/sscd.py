@@ -1,4 +1,4 @@
-"""SSCD, the copy-detection network that the paper judges replicas with.
+"""SSCD, the copy-detection network by which the paper judges replicas.
 
 Source: Pizzi et al., "A Self-Supervised Descriptor for Image Copy Detection", CVPR 2022.
 Similarities are comparable only with the same weights, input size and normalisation.
@@ -24,7 +24,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class SscdOnnx:
-    """`sscd_disc_mixup`, quantised to int8, on the CPU: needs no download.
+    """`sscd_disc_mixup`, quantised to int8, on the CPU; needs no download.
 
     Attributes:
         size: images are resized to size x size; 128 suits icons, 288 photographs.
@@ -102,7 +102,7 @@ class SscdTorchScript:
 
     Attributes:
         path: for example sscd_disc_large.torchscript.pt (the paper's) or sscd_disc_mixup.
-        sha256: of the file; null shows it in the error, to be compared and copied.
+        sha256: of the file; with null, the error shows it, to be compared and copied.
         size: images are resized to size x size (paper: 32 CIFAR-10, 256 LDM, 320 Stable
             Diffusion).
     """
@@ -135,13 +135,13 @@ class SscdTorchScript:
                 f"replication.similarity.path={self.path} is not a file; download an SSCD "
                 "TorchScript file from the project facebookresearch/sscd-copy-detection"
             )
-        found = file_sha256(Path(self.path))
-        if self.sha256 != found:
+        actual = file_sha256(Path(self.path))
+        if self.sha256 != actual:
             raise ValueError(
                 f"replication.similarity.sha256={self.sha256} is not that of {self.path}; if you "
-                f"trust the file, set replication.similarity.sha256={found}"
+                f"trust the file, set replication.similarity.sha256={actual}"
             )
-        return found
+        return actual
 
 
 class SscdTorchScriptNetwork:

@@ -1,19 +1,19 @@
-"""How often a threshold calls two different images replicas of one another.
+"""The false-match rate of a threshold: how often two different images count as replicas.
 
 Pairs that share an image are not independent: a few images that resemble many others move the
 rate far more than a binomial count of pairs would. So the interval counts *images*:
 
 * The rate of n images is a U-statistic of order two. The jackknife over images estimates its
   variance V, on average too large rather than too small (Efron & Stein 1981).
-* rate (1 - rate) / V is the number of independent pairs that would be as informative. With it, and
-  with Student's t of n - 1 degrees in place of the normal, stands the exact binomial interval
-  (Korn & Graubard 1998, as for surveys with clusters).
-* A group of look-alikes that makes up the share w of all images matches in w² of all pairs, and n
-  images show no pair of it while at most one is a member. So the upper end is never below w² for
-  the largest share w (Clopper-Pearson) with which one member in n images is still likely.
+* rate (1 - rate) / V is the number of independent pairs that would be as informative. The exact
+  binomial interval is taken for this number, corrected by the ratio of Student's t with n - 1
+  degrees of freedom to the normal (Korn & Graubard 1998, as for surveys with clusters).
+* If look-alikes make up a share w of all images, w² of all pairs match, but n images show such a
+  pair only if two or more of them are look-alikes. So the upper end is at least w², for the largest
+  share w (Clopper-Pearson) with which n images still plausibly hold just one.
 
   variable          meaning
-  degrees           false matches of each image, d; half of their sum is the number of pairs
+  degrees           false matches of each image, d; half their sum is the number of false pairs
   squared_degrees   the sum of d², which with the number of pairs gives V
 """
 
@@ -37,19 +37,19 @@ class ThresholdReport:
     """False matches among distinct images of a data set.
 
     Attributes:
-        threshold: the one in question.
+        threshold: the similarity that was tested.
         num_images: n.
-        num_pairs: n (n - 1) / 2, all different images.
+        num_pairs: n (n - 1) / 2 pairs of different images.
         num_false: pairs at or above the threshold.
         rate: num_false / num_pairs.
-        interval: 95 % for the rate among the images of which these are a random sample, see
-            `false_match_interval`.
-        images_with_false: share of the images that have any other at or above the threshold.
-        allowed_rate: the rate asked for.
-        images_needed: fewest images that can show a rate as low as that.
-        proposed: the smallest threshold (in steps of 0.0005) from which on the interval's upper
-            end is at most that; None if there is none, because there are too few images or too
-            many that are alike.
+        interval: 95 % interval of the rate in the population of which the images are a random
+            sample, see `false_match_interval`.
+        images_with_false: share of the images with at least one false match.
+        allowed_rate: largest rate that is acceptable.
+        images_needed: least number of images that can show a rate as low as that.
+        proposed: the smallest threshold (in steps of 0.0005) at and above which the interval's
+            upper end is at most `allowed_rate`; None if too few images or too many look-alikes
+            leave none.
     """
 
     threshold: float
@@ -149,7 +149,7 @@ def false_matches(
 def false_match_interval(
     num_false: ArrayLike, squared_degrees: ArrayLike, num_images: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """95 % interval of the false-match rate, from the matches among n random images.
+    """95 % interval of the false-match rate, from the false matches among n random images.
 
     Args:
         num_false: number of matching pairs, of any shape.
@@ -172,11 +172,11 @@ def false_match_interval(
         effective = np.where(variance > 0, rate * (1 - rate) / variance, pairs)
     correction = (t.ppf(_TAIL, max(pairs - 1, 1)) / t.ppf(_TAIL, n - 1)) ** 2
     effective = np.minimum(effective, pairs) * correction
-    found = rate * effective
-    low = np.nan_to_num(beta.ppf(_TAIL, found, effective - found + 1), nan=0.0)
-    high = np.nan_to_num(beta.ppf(1 - _TAIL, found + 1, effective - found), nan=1.0)
-    # The ends where all pairs match and none does: one image that matches no other may be missed,
-    # and so may all but one of a group.
+    matches = rate * effective
+    low = np.nan_to_num(beta.ppf(_TAIL, matches, effective - matches + 1), nan=0.0)
+    high = np.nan_to_num(beta.ppf(1 - _TAIL, matches + 1, effective - matches), nan=1.0)
+    # Bounds even if all pairs match or none does: the sample may miss an image that matches no
+    # other, or all but one of a group of look-alikes.
     return (
         np.minimum(low, beta.ppf(_TAIL, n, 1) ** 2),
         np.maximum(high, beta.ppf(1 - _TAIL, 2, n - 1) ** 2),
@@ -184,8 +184,8 @@ def false_match_interval(
 
 
 def images_needed(rate: float) -> int:
-    """Fewest images without any match whose interval ends at most at this rate, in (0, 1)."""
+    """Least number of images without a match for which the interval ends at or below the rate."""
     from scipy.stats import nbinom
 
-    # Drawn until the second member of a group with the share sqrt(rate) has come.
+    # Number of images drawn until two belong to a group whose share is sqrt(rate).
     return 2 + int(nbinom.ppf(1 - _TAIL, 2, math.sqrt(rate)))
