@@ -54,8 +54,8 @@ class PIA:
         """See `Measurement`; nothing is random."""
         schedule, latents = setting.schedule, target.latents
         self.check_schedule(schedule)
-        clean = network_timesteps(0, latents, schedule)
-        noise = (await Denoise(latents, clean, target.rows(1))).noise
+        at_zero = network_timesteps(0, latents, schedule)
+        noise = (await Denoise(latents, at_zero, target.rows(1))).noise
         if self.normalised:
             noise = noise * (math.sqrt(2 / math.pi) / noise.abs().mean())
         timesteps = network_timesteps(self.timestep, latents, schedule)

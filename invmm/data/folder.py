@@ -37,7 +37,7 @@ class ImageFolder:
         recursive: read subfolders too.
         training_manifest: a training_manifest.json.
         ids: measure only these.
-        take: measure at most so many of each group: duplicated, single, held_out.
+        take: largest number of images to measure of each group: duplicated, single, held_out.
 
     Raises:
         ValueError: ids and take together.

@@ -61,7 +61,7 @@ class HubImages:
         size: side of the loaded images; null takes the model's.
         resize: what happens to images that are not square: crop, squash or pad (on white).
         ids: measure only these.
-        take: measure at most so many of each group: duplicated, single, held_out.
+        take: largest number of images to measure of each group: duplicated, single, held_out.
 
     Raises:
         ValueError: contradictory selections.

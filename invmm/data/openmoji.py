@@ -49,7 +49,7 @@ class OpenMoji:
             below this.
         seed: of the choice of icons.
         ids: measure only these.
-        take: measure at most so many of each group: duplicated, single, held_out.
+        take: largest number of images to measure of each group: duplicated, single, held_out.
 
     Raises:
         ValueError: a contradictory selection, or more numbers of copies than training icons.

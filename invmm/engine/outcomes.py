@@ -17,7 +17,7 @@ class Status(StrEnum):
     REPLICATED = "REPLICATED"
     """A replicating noise distribution was found; the score is its divergence from the prior."""
     NOT_REPLICATED = "NOT_REPLICATED"
-    """None was found within the budget: no score, the true one is censored, not infinite."""
+    """None was found within the budget: no score; the true one is censored, not infinite."""
     ESTIMATED = "ESTIMATED"
     """The replication probability was estimated, or bounded from below by a certificate (column
     `method`); the score is -log p per latent dimension."""
