@@ -78,7 +78,7 @@ async def check_replication(
             break
 
     def closeness(check: Check) -> tuple[float, float]:
-        # Where a single failure decides, the rate among so few says nothing.
+        # If a single failure decides, few samples were drawn, and their rate says nothing.
         return (check.rate if most_failures else 0.0, check.best)
 
     return next((check for check in checks if check.passed), max(checks, key=closeness))
