@@ -327,8 +327,8 @@ class Verifier:
 
     def _settings(self) -> EngineSettings:
         """Those of the run, without the row counts that it measured on its own device."""
-        given = self.run.engine
-        return replace(given, **{name: getattr(EngineSettings(), name) for name in given.open})
+        given, default = self.run.engine, EngineSettings()
+        return replace(given, **{name: getattr(default, name) for name in given.rows_to_measure})
 
 
 def _claimed(task: Verification, findings: Sequence[Finding]) -> list[str]:

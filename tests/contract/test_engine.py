@@ -406,7 +406,7 @@ def test_an_open_row_count_is_refused_until_it_is_measured():
     with pytest.raises(ValueError, match=r"engine\.rows_denoise=auto was not measured"):
         Engine(network, Direction(), settings)
     chosen = settings.chosen(network, Direction())
-    assert chosen.open == []
+    assert chosen.rows_to_measure == []
     assert chosen.rows_sample == 8
     assert network.calls[0] == 1
     assert max(network.calls) <= 2 * chosen.rows_denoise
