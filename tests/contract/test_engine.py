@@ -400,7 +400,7 @@ def test_no_slot_is_idle_while_images_wait():
     assert 0 < engine.summary.tail_slot_seconds < engine.summary.slots * engine.summary.seconds
 
 
-def test_an_open_row_count_is_refused_until_it_is_measured():
+def test_a_row_count_of_auto_is_refused_until_it_is_measured():
     network = MicroNetwork()
     settings = EngineSettings(rows_denoise="auto", rows_embed="auto")
     with pytest.raises(ValueError, match=r"engine\.rows_denoise=auto was not measured"):
