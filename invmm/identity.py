@@ -16,6 +16,7 @@ from invmm.files import json_digest
 
 MACHINE_KEYS = ("out", "run_dir", "shard", "logger", "trainer", "dry_run", "retry_failed")
 """Settings of a run that change where and how it happens, never its results."""
+_ADDED = "added"
 
 
 @runtime_checkable
@@ -51,10 +52,24 @@ def described(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} is nothing that a config can hold")
 
 
+def added(default: Any) -> Any:
+    """A setting that its class did not have at first.
+
+    At its default it is no part of what identifies a run, so that folders of before go on.
+    """
+    return dataclasses.field(default=default, metadata={_ADDED: True})
+
+
 def fields_of(settings: Any) -> dict[str, Any]:
-    """The fields that a dataclass was built from, each `described`."""
-    fields = (field.name for field in dataclasses.fields(settings) if field.init)
-    return {name: described(getattr(settings, name)) for name in fields}
+    """The fields that a dataclass was built from, each `described`; see `added`."""
+    return {
+        field.name: described(value)
+        for field in dataclasses.fields(settings)
+        if field.init
+        and not (
+            (value := getattr(settings, field.name)) == field.default and _ADDED in field.metadata
+        )
+    }
 
 
 def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +77,7 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     identity = {key: value for key, value in config.items() if key not in MACHINE_KEYS}
     if "measurement" in identity:
         identity.pop("inversion", None)  # in the manifests of earlier versions
-    if identity.get("repeats") == 1:  # as before there was such a key
+    if identity.get("repeats") == 1:  # in the manifests of earlier versions
         del identity["repeats"]
     if "engine" in identity:
         identity["engine"] = {k: v for k, v in identity["engine"].items() if k != "slots"}

@@ -9,6 +9,8 @@ import torch
 from annotated_types import Ge, Gt
 
 from invmm.diffusion.schedule import NoiseSchedule
+from invmm.faults import Refusal
+from invmm.identity import added
 from invmm.models.adapter import ModelInfo, ModelRecipe
 from invmm.models.codec import Posterior
 from invmm.models.cost import CallCost
@@ -45,12 +47,12 @@ class AutoModel:
     """
 
     path: str
-    config: str | None = None
+    config: str | None = added(None)
     variant: str | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     lora: LoraSetting = None
-    unet: str | None = None
+    unet: str | None = added(None)
     noise_schedule: dict[str, Any] | None = None
     posterior: Posterior | None = None
     latent_scale: Annotated[float, Gt(0)] | None = None
@@ -142,6 +144,7 @@ class AutoModel:
     def _refuse(self, option: str, name: str) -> None:
         value = getattr(self, option)
         if value:
-            raise ValueError(
-                f"model.{option}={value} has no meaning for a {name}; leave it at its default"
+            raise Refusal(
+                f"model.{option}={value} has no meaning for a {name}; leave it at its default",
+                f"model.{option}",
             )

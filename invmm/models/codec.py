@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from invmm.faults import Refusal
+
 Posterior = Literal["mode", "sample"]
 
 DIFFUSERS_SCALE = 0.18215
@@ -144,24 +146,29 @@ def latent_scale(config: Mapping[str, Any], *, is_vq: bool, given: float | None 
             "needed, the one that the denoiser was trained with"
         )
     if given is not None and not _is_scale(given):
-        raise ValueError(f"model.latent_scale={given!r} cannot be a scale; use a positive number")
+        raise Refusal(
+            f"model.latent_scale={given!r} cannot be a scale; use a positive number",
+            "model.latent_scale",
+        )
     if is_vq and value == DIFFUSERS_SCALE:
         filled_in = config.get("_use_default_values")
         is_named = "scaling_factor" in config and not (
             isinstance(filled_in, list) and "scaling_factor" in filled_in
         )
         if is_named and given is None:
-            raise ValueError(
+            raise Refusal(
                 f"model.latent_scale=null leaves the scale open: scaling_factor={value} in the "
                 "config of a VQ autoencoder is also what diffusers writes when it saves one "
                 "without a scale; use model.latent_scale=1.0 for unscaled latents (CompVis' "
-                f"models), or model.latent_scale={value} if the U-Net was trained on scaled ones"
+                f"models), or model.latent_scale={value} if the U-Net was trained on scaled ones",
+                "model.latent_scale",
             )
         return given or 1.0
     if given not in (None, value):
-        raise ValueError(
+        raise Refusal(
             f"model.latent_scale={given} contradicts scaling_factor={value} in the autoencoder's "
-            "config; use model.latent_scale=null"
+            "config; use model.latent_scale=null",
+            "model.latent_scale",
         )
     return value
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from invmm.faults import Refusal
 from invmm.models.components import Parts
 
 _MORE_INPUTS = {
@@ -39,9 +40,10 @@ def square_side(parts: Parts, denoiser: str, given: int | None, pixels_per_laten
     else:
         side, rest = divmod(given, pixels_per_latent)
         if rest or not side:
-            raise ValueError(
+            raise Refusal(
                 f"model.image_size={given} is no multiple of the {pixels_per_latent} pixels that "
-                f"a latent stands for; use {max(side, 1) * pixels_per_latent}"
+                f"a latent stands for; use {max(side, 1) * pixels_per_latent}",
+                "model.image_size",
             )
     _check_side(parts, denoiser, side, pixels_per_latent)
     return side

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from invmm.diffusion.schedule import NoiseSchedule, read_scheduler
 from invmm.diffusion.scheduler_config import check_config
+from invmm.faults import Refusal
 from invmm.files import json_digest
+from invmm.identity import added
 from invmm.models.adapter import ModelInfo
 from invmm.models.codec import Posterior, latent_scale
 from invmm.models.components import Parts
@@ -88,12 +90,12 @@ class LatentPipeline:
     """
 
     path: str
-    config: str | None = None
+    config: str | None = added(None)
     variant: str | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     lora: LoraSetting = None
-    unet: str | None = None
+    unet: str | None = added(None)
     posterior: Posterior | None = None
     latent_scale: Annotated[float, Gt(0)] | None = None
     image_size: Annotated[int, Ge(8)] | None = None
@@ -323,8 +325,9 @@ class LatentPipeline:
         file, path = checkpoint_file(self.path, config), config_folder(config)
         for option in ("variant", "revision", "unet"):
             if (value := getattr(self, option)) is not None:
-                raise ValueError(
-                    f"model.{option}={value} has no meaning for a single file; give null"
+                raise Refusal(
+                    f"model.{option}={value} has no meaning for a single file; give null",
+                    f"model.{option}",
                 )
         named = f"model.path={self.path} with model.config={config}"
         folder = open_pipeline(named, path)
@@ -344,9 +347,10 @@ class LatentPipeline:
         self._latent_shape(folder)
         if self.lora is not None:
             if not folder.network.family.searched:
-                raise ValueError(
+                raise Refusal(
                     f"model.lora={self.lora} has no meaning for a {folder.pipeline}, for which "
-                    "diffusers loads none; give null"
+                    "diffusers loads none; give null",
+                    "model.lora",
                 )
             check_loras(loras_of(self.lora))
         return folder
@@ -399,9 +403,10 @@ class PipelineFolder:
             ValueError: it has none, or the folder does not hold one.
         """
         if self.network.family.denoiser != "unet":
-            raise ValueError(
+            raise Refusal(
                 f"model.unet={path} has no meaning for a {self.pipeline}, whose denoiser is a "
-                f"{self.network.family.denoiser}; put it into a copy of the model's folder"
+                f"{self.network.family.denoiser}; put it into a copy of the model's folder",
+                "model.unet",
             )
         return replace(self, unet=_unet_folder(path), named=f"{self.named} with model.unet={path}")
 

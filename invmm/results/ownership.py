@@ -122,10 +122,16 @@ class OwnedRunFolder:
             content = {"digest": self._folder.digest, "config": config}
             write_atomically(path, json.dumps(content, indent=1).encode())
         elif stored["digest"] != self._folder.digest:
+            changed = differences(stored["config"], config)
+            if not changed:
+                raise ValueError(
+                    f"run_dir={self._folder.path} holds a run of these values by an earlier "
+                    "version, which told runs apart by how a config spells them; collect and verify "
+                    "it as it is, and choose another run_dir to measure"
+                )
             raise ValueError(
                 f"run_dir={self._folder.path} holds a run of another config "
-                f"({'; '.join(differences(stored['config'], config)) or 'see its config.json'}); "
-                "choose another run_dir or use the same values"
+                f"({'; '.join(changed)}); choose another run_dir or use the same values"
             )
 
     def _check_without_config(self, path: Path) -> None:

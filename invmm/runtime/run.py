@@ -16,7 +16,7 @@ from invmm.engine.repeated import Repeated
 from invmm.engine.settings import EngineSettings
 from invmm.faults import Refusal
 from invmm.files import json_digest
-from invmm.identity import Run
+from invmm.identity import Run, added
 from invmm.models.adapter import ModelRecipe
 from invmm.models.execution import Execution
 from invmm.replication.replication import Replication
@@ -88,7 +88,7 @@ class MeasureRun(Run):
     engine: EngineSettings
     trainer: TrainerSettings
     logger: RunLog
-    repeats: Annotated[int, Ge(1)] = 1
+    repeats: Annotated[int, Ge(1)] = added(1)
     shard: str | None = None
     retry_failed: bool = False
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from invmm.data.dataset import ImageEntry
 from invmm.data.prompt import Prompt
-from invmm.engine.searched_prompt import PromptSearch, PromptTokens
 from invmm.engine.protocols import Network, TextNetwork
+from invmm.engine.searched_prompt import PromptSearch, PromptTokens
 from invmm.models.execution import Execution, SearchableNetwork
 from invmm.models.pipeline import PIPELINES
 from invmm.runtime.conditions import Conditions

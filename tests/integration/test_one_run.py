@@ -32,7 +32,8 @@ def test_one_run_composes_builds_and_reads_once(model, images, tmp_path, monkeyp
     assert COMMAND.run(tiny.command(model, images, tmp_path / "run", "repeats=2")[3:]) == 0
     records = tiny.records(tmp_path / "run").values()
     assert len(records) > 4
-    assert {record["columns"]["repeats"] for record in records} == {2}
+    measured = [record for record in records if record["status"] != "FAILED"]
+    assert {record["columns"]["repeats"] for record in measured} == {2}
     assert {name: counts[name] for name in ("composed", "built", "model_index.json")} == {
         "composed": 1, "built": 1, "model_index.json": 1,
     }  # fmt: skip

@@ -18,7 +18,7 @@ from unit.test_floors import FLOORS
 import invmm
 from invmm.cli import collect, doctor, verify
 from invmm.config.compose import composed_job, groups, jobs
-from invmm.config.recipes import built, check_threshold
+from invmm.config.runs import built, check_threshold
 from invmm.faults import Fault
 
 README = read(ROOT / "README.md")

@@ -296,3 +296,10 @@ def test_torn_lines_and_pipes_leave_no_traceback(folder):
     place.mkdir(parents=True)
     os.mkfifo(place / "record.json")
     assert folder.status_of("a") is None
+
+
+def test_a_folder_of_the_same_values_by_another_digest_is_of_an_earlier_version(tmp_path):
+    with OwnedRunFolder(tmp_path / "run", config={"scale": 1}, digest="of 1") as folder:
+        written.write(folder, written.entry("it"), written.outcome(Status.NOT_REPLICATED))
+    with pytest.raises(ValueError, match=r"an earlier version.*choose another run_dir to measure"):
+        OwnedRunFolder(tmp_path / "run", config={"scale": 1.0}, digest="of 1.0")
