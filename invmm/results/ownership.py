@@ -126,8 +126,8 @@ class OwnedRunFolder:
             if not changed:
                 raise ValueError(
                     f"run_dir={self._folder.path} holds a run of these values by an earlier "
-                    "version, which told runs apart by how a config spells them; collect and verify "
-                    "it as it is, and choose another run_dir to measure"
+                    "version, which told runs apart by how a config spells them; collect and "
+                    "verify it as it is, and choose another run_dir to measure"
                 )
             raise ValueError(
                 f"run_dir={self._folder.path} holds a run of another config "
