@@ -68,9 +68,17 @@ def built(config_name: str, config: Mapping[str, Any], faults: list[Fault]) -> A
 
 
 def _build(config_name: str, config: Mapping[str, Any], faults: list[Fault]) -> Run | None:
-    given = _with_inversion(config, faults) if config_name == "measure" else config
-    run = build(_RUNS[config_name], given, "", faults)
-    return None if faults else run
+    found: list[Fault] = []
+    given = _with_inversion(config, found) if config_name == "measure" else config
+    run = build(_RUNS[config_name], given, "", found)
+    order = {key: place for place, key in enumerate(config)}
+    faults += sorted(found, key=lambda fault: order.get(_group(fault), len(order)))
+    return None if found else run
+
+
+def _group(fault: Fault) -> str:
+    """The key at the top of a config that a fault is about."""
+    return fault.keys[0].partition(".")[0] if fault.keys else ""
 
 
 def run_digest(config_name: str, config: Mapping[str, Any]) -> str:
@@ -249,7 +257,7 @@ def _readable(expected: Any, node: Any) -> Any:
     faults: list[Fault] = []
     built = build(expected, node, "", faults)
     if built is None:
-        faulty = {key.partition(".")[0] for fault in faults for key in fault.keys[:1]}
+        faulty = set(map(_group, faults))
         built = build(expected, {k: v for k, v in node.items() if k not in faulty}, "", [])
     return built
 

@@ -109,11 +109,14 @@ def told(tmp_path_factory):
     return path
 
 
+SEARCH = {"_target_": "invmm.inversion.inversion.Inversion"}
+
+
 @pytest.fixture(autouse=True)
 def source(model, tmp_path):
     """What is left of a search of the model, for presets that start from one."""
     inputs = {"model": AutoModel(path=str(model)).fingerprint()}
-    manifest = {"inputs": inputs, "config": {"measurement": 1, "inversion": 1}, "config_digest": ""}
+    manifest = {"inputs": inputs, "config_digest": "", "config": {"measurement": SEARCH}}
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "manifest.json").write_text(json.dumps(manifest))
 
@@ -155,7 +158,8 @@ def test_a_preset_binds_to_the_class_that_it_names(group, option, model_for, ima
         return
     command, faults = command_of(group, option), []
     config = compose_job(command.config_name, overrides_for(group, option, model, images), faults)
-    built = getattr(command.check(config, faults), group)
+    key = "measurement" if group == "inversion" else group
+    built = getattr(command.check(config, faults), key)
     assert faults == []
     assert f"{type(built).__module__}.{type(built).__name__}" == node["_target_"]
     for name, value in node.items():
@@ -437,7 +441,7 @@ def test_a_missing_launcher_names_what_to_install(name, inputs, capsys, monkeypa
     _, _, extra = LAUNCHERS[name]
     monkeypatch.setattr(
         "invmm.config.compose.compose",
-        lambda *arguments: (_ for _ in ()).throw(
+        lambda *arguments, **options: (_ for _ in ()).throw(
             HydraException(f"In 'hydra/launcher/{name}': Could not find 'hydra/launcher/{extra}'")
         ),
     )

@@ -37,7 +37,7 @@ def test_models_images_and_hyperparameters(model, other_model, images, tmp_path)
         (image_id,) = tiny.records(folder)
         config = json.loads((folder / "manifest.json").read_text())["config"]
         assert config["dataset"]["ids"] == [image_id]
-        check_every = config["inversion"]["check_every"]
+        check_every = config["measurement"]["check_every"]
         combinations.add((config["model"]["path"], image_id, check_every))
     assert len(combinations) == 8
     again = tiny.invmm(arguments)

@@ -32,7 +32,10 @@ def test_a_scheduler_is_one_row(monkeypatch):
     network = IdealNetwork(mean=0.2, std=0.3)
     drawn = run(network, scheduler="deis", num_inference_steps=100)
     assert (drawn - (0.2 + 0.3 * NOISE)).abs().max() < 0.02
-    of_models = ("invmm/diffusion/scheduler_config.py", "invmm/models/loading.py")
+    of_models = (
+        "invmm/diffusion/schedule.py", "invmm/diffusion/scheduler_config.py",
+        "invmm/models/loading.py",
+    )  # fmt: skip
     for name, known in schedulers.SCHEDULERS.items():
         if name != "deis":
             found = places(f'"{known.class_name}"', beside=of_models)

@@ -127,11 +127,11 @@ def test_a_run_without_results_leaves_no_claim(shard, tmp_path):
     "free_samples/00000.safetensors", "checkpoints/step=00000003.ckpt", "step_000004/model.json",
 ])  # fmt: skip
 def test_other_results_than_records_claim_a_folder_too(result, tmp_path):
-    with OwnedRunFolder(tmp_path, config={}, digest="one"):
+    with OwnedRunFolder(tmp_path, config={"a": 1}, digest="one"):
         (tmp_path / result).parent.mkdir()
         (tmp_path / result).touch()
     with pytest.raises(ValueError, match="holds a run of another config"):
-        OwnedRunFolder(tmp_path, config={}, digest="two")
+        OwnedRunFolder(tmp_path, config={"a": 2}, digest="two")
 
 
 def test_a_shard_at_work_keeps_its_claim_before_its_first_record(tmp_path):
